@@ -1,0 +1,69 @@
+"""How images lie in an archive: every file of this folder is a format.
+
+A format module offers
+
+* ``SUFFIXES``: file name endings that suggest it;
+* ``index(store, found) -> Iterator[Entry]``: the images inside one object, in a fixed order;
+* ``fetch(store, images, threads, limit) -> Iterator[EncodedImage]``: their encoded bytes, in order.
+
+A dotted name (``acme.dicom``) loads a format from outside, from the command line only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Protocol, cast
+
+from pipeline.errors import RunRefused
+from pipeline.records import EncodedImage, PlannedImage
+from pipeline.storage import Found, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image inside an object, before it has a number."""
+
+    member: str | None
+    """Escaped, unique within the object (pipeline/keys.py); None for a loose file."""
+    offset: int | None
+    nbytes: int
+    problem: str | None = None
+    """``reason: detail`` where it is known already that there will be no mask."""
+    skipped: bool = False
+    """A sidecar: counted, not an image."""
+
+
+class Format(Protocol):
+    """What a module of this folder offers."""
+
+    SUFFIXES: tuple[str, ...]
+
+    def index(self, store: Store, found: Found) -> Iterator[Entry]:
+        """The images inside one object."""
+        ...
+
+    def fetch(
+        self, store: Store, images: Sequence[PlannedImage], threads: int, limit: int
+    ) -> Iterator[EncodedImage]:
+        """Encoded bytes of images of one fragment, in their order."""
+        ...
+
+
+def names() -> list[str]:
+    """The formats this project knows: the files of this folder."""
+    return [m.name for m in iter_modules(__path__) if not m.ispkg]
+
+
+def load(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        RunRefused: if there is none, listing those there are.
+    """
+    if "." not in name and name not in names():
+        raise RunRefused(f"--format {name}: there is no such format; there are: auto, {', '.join(names())}")
+    try:
+        return cast("Format", import_module(name if "." in name else f"pipeline.formats.{name}"))
+    except ImportError as error:
+        raise RunRefused(f"--format {name}: {error}") from error

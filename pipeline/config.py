@@ -1,0 +1,182 @@
+"""Every knob of a run, in the order the data meets it. File, flag and help are generated from here.
+
+A YAML file gives the same names (``tile: {size: 512}``), a flag wins over the file
+(``--tile.size 512``). Unknown names are refused with the nearest one.
+"""
+
+import difflib
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import REASONS, RunRefused
+
+
+class _Knobs(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Fragments(_Knobs):
+    """How the archive is cut into units of work, retry and commit."""
+
+    bytes: int = Field(64 * 1024**2, ge=1)
+    """Encoded bytes of a fragment at most."""
+    images: int = Field(1024, ge=1)
+    """Images of a fragment at most; small archives get smaller fragments (a 64th, at least 16)."""
+
+
+class Decode(_Knobs):
+    """What is still taken for a picture."""
+
+    max_bytes: int = Field(512 * 1024**2, ge=1)
+    """Encoded bytes; more is rejected as too_large."""
+    max_pixels: int = Field(256_000_000, ge=1)
+    """Height times width; more is rejected as too_large."""
+
+
+class Tile(_Knobs):
+    """How a picture that is too large for one pass is cut and put together again."""
+
+    size: int | None = Field(None, ge=16)
+    """Side of a tile in pixels; default: the model bundle's, else 1024."""
+    overlap: int | None = Field(None, ge=0)
+    """Pixels that neighbouring tiles share; default: the bundle's, else 128.
+    More hides seams and costs (size / (size - overlap))² work."""
+    taper: Literal["gaussian", "linear"] = "gaussian"
+    """Weight of a tile's scores, from its centre to its border, where tiles overlap."""
+
+
+class Batch(_Knobs):
+    """How tiles of many pictures share one pass of the model."""
+
+    pixels: int | None = Field(None, ge=1)
+    """Padded pixels of a batch at most; default: found by a probe when the run is created."""
+    window_mb: int = Field(512, ge=1)
+    """Decoded megabytes a fragment may hold while its batches fill."""
+
+
+class Compute(_Knobs):
+    """What may be used to do the work. Does not change the answers."""
+
+    workers: int | None = Field(None, ge=1)
+    """Segmenting workers; default: one per GPU, else one per core."""
+    decode_threads: int = Field(2, ge=1)
+    """Threads that decode ahead of the model, per worker."""
+    fetch_threads: int = Field(16, ge=1)
+    """Requests in flight while a fragment's bytes are fetched."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: a GPU where there is one."""
+    object_store_mb: int = Field(512, ge=80)
+    """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
+    no_progress_s: int = Field(900, ge=10)
+    """A cluster run without any progress for so long stops, resumably."""
+
+
+class SegmentConfig(_Knobs):
+    """Segment every image below SOURCE into the run folder OUT, each exactly once."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder, object or prefix that holds the images: a local path or s3://bucket/prefix."""
+    out: str
+    """The run folder: a local path or s3://bucket/prefix. The same command again resumes it."""
+    model: str = "demo"
+    """A model bundle: a folder, an s3:// prefix, or `demo`."""
+    on: str | None = None
+    """`process` (this one), `local` (Ray on this machine) or the address of a Ray cluster.
+    Default: the surrounding cluster inside a Ray job, else process for small archives, local beyond."""
+    limit: int | None = Field(None, ge=1)
+    """Plan at most so many images (the first ones, by key)."""
+    include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Only keys that match one of these globs (`*` crosses `/`)."""
+    exclude: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """No keys that match one of these globs."""
+    format: str = "auto"
+    """`files`, `webdataset` or `parquet`; auto: by content and name."""
+    retry: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Try images again that were rejected for these reasons (a new round)."""
+    dry_run: bool = False
+    """Plan, count and check everything, then stop before writing anything."""
+    layout: Literal["flat", "stacked"] = "flat"
+    """flat: every mask at its own size; stacked: one [N,H,W] array of masks of one size."""
+    size: str | None = Field(None, pattern=r"^\d+x\d+$")
+    """HxW of the stacked layout; default: the size all probed images share."""
+    confidence: bool = False
+    """Store each pixel's confidence (uint8, 255 = certain) beside its class."""
+    slot_bytes: int | None = Field(None, ge=4096)
+    """Pixels of one inner chunk of the flat layout, a power of two; default: from probed image sizes."""
+    log: Literal["auto", "text", "json"] = "auto"
+    """auto: a live bar on a terminal, plain lines elsewhere."""
+    interval_s: float = Field(10.0, gt=0)
+    """Seconds between progress lines where there is no terminal."""
+    fragment: Fragments = Fragments()
+    decode: Decode = Decode()
+    tile: Tile = Tile()
+    batch: Batch = Batch()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "SegmentConfig":
+        for reason in self.retry:
+            if reason not in REASONS:
+                near = difflib.get_close_matches(reason, REASONS, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"--retry {reason} is not a reason for rejection{hint} ({', '.join(REASONS)})")
+        if self.size and self.layout != "stacked":
+            raise ValueError("--size belongs to --layout stacked; drop one or add the other")
+        if self.confidence and self.layout == "stacked":
+            raise ValueError("--confidence needs the flat layout; drop --layout stacked")
+        if self.tile.size and self.tile.overlap and self.tile.overlap * 2 > self.tile.size:
+            raise ValueError(
+                f"--tile.overlap {self.tile.overlap} must be at most half of --tile.size {self.tile.size}; "
+                f"try {self.tile.size // 8}"
+            )
+        if self.slot_bytes and self.slot_bytes & (self.slot_bytes - 1):
+            raise ValueError(f"--slot-bytes {self.slot_bytes} must be a power of two")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The knobs that decide what a run holds; a run folder belongs to one such set.
+
+        ``--on``, ``--limit``, ``--retry``, compute and logging may differ from call to call.
+        """
+        free = {"on", "out", "model", "limit", "retry", "dry_run", "log", "interval_s", "compute"}
+        return self.model_dump(mode="json", exclude=free)
+
+
+def fingerprint(values: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON-able dictionary, independent of key order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def from_mapping(values: dict[str, Any]) -> SegmentConfig:
+    """A checked config.
+
+    Raises:
+        RunRefused: naming every wrong entry, the value, and the nearest name for unknown ones.
+    """
+    try:
+        return SegmentConfig.model_validate(values)
+    except ValidationError as error:
+        raise RunRefused("; ".join(_sentence(e) for e in error.errors())) from error
+
+
+def _sentence(error: Any) -> str:  # noqa: ANN401 - pydantic's error dictionary
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, known_names(), 1, cutoff=0.5)
+        return f"unknown config key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {error['input']!r})" if where else message
+
+
+def known_names() -> list[str]:
+    """Every config key, dotted."""
+    names: list[str] = []
+    for name, field in SegmentConfig.model_fields.items():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+    return names

@@ -1,0 +1,154 @@
+"""Parquet shards with a column of encoded image bytes: one row is one image.
+
+The index reads footers only; sizes are the row group's mean. The column is found by name, then by
+type: ``image``, ``img``, ``image_bytes``, ``bytes``, ``content``, ``data``, ``jpg``, ``png``, …, also
+the ``bytes`` leaf of a struct (the Hugging Face layout ``image: {bytes, path}``); else the only
+binary column. A table without one is a single rejected row.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StorageMissing
+from pipeline.formats import Entry, files
+from pipeline.keys import path_of, printable
+from pipeline.records import EncodedImage, PlannedImage, Verdict
+from pipeline.storage import Found, ObjectChanged, Store
+
+SUFFIXES = (".parquet", ".pq")
+
+COLUMNS = (
+    "image", "img", "image_bytes", "image.bytes", "img_bytes", "bytes", "content", "data", "jpg", "jpeg", "png",
+    "webp", "tif", "tiff", "picture", "photo",
+)  # fmt: skip
+ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
+
+
+def index(store: Store, found: Found) -> Iterator[Entry]:
+    """One entry per row, in file order."""
+    try:
+        table = pq.ParquetFile(Ranged(store, found.path, found.nbytes, found.etag))
+        leaf = _leaf(table)
+        ordinal = 0
+        for group in range(table.num_row_groups):
+            about = table.metadata.row_group(group)
+            total = about.column(leaf).total_uncompressed_size
+            mean = max(1, total // max(1, about.num_rows))
+            for _ in range(about.num_rows):
+                yield Entry(str(ordinal), None, mean)
+                ordinal += 1
+    except StorageMissing:
+        yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = "empty" if found.nbytes == 0 else "corrupt"
+        yield Entry(None, None, found.nbytes, problem=f"{reason}: parquet shard: {printable(str(error))}")
+
+
+def _leaf(table: pq.ParquetFile) -> int:
+    """Index of the leaf column that holds the bytes."""
+    schema = table.schema
+    binary = {
+        schema.column(i).path: i
+        for i in range(len(schema.names))
+        if schema.column(i).physical_type in {"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"}
+        and schema.column(i).logical_type.type in {"NONE", "UNKNOWN"}
+        and schema.column(i).max_repetition_level == 0
+    }
+    for name in COLUMNS:
+        for candidate in (name, f"{name}.bytes"):
+            if candidate in binary:
+                return binary[candidate]
+    if len(binary) == 1:
+        return next(iter(binary.values()))
+    raise ValueError(f"no column of image bytes among {', '.join(schema.names)[:200]}")
+
+
+def fetch(store: Store, images: Sequence[PlannedImage], threads: int, limit: int) -> Iterator[EncodedImage]:  # noqa: ARG001
+    """Rows in order; each row group that is touched is read once, a few rows at a time."""
+    for path, rows in groupby(images, key=lambda image: path_of(image.key)):
+        wanted = list(rows)
+        try:
+            yield from _of_one_table(store, path, wanted, limit)
+        except StorageMissing:
+            verdict = Verdict("fetch", "vanished", "was listed, is no longer there")
+            yield from (EncodedImage(image, None, verdict) for image in wanted)
+        except ObjectChanged as error:
+            yield from (EncodedImage(image, None, Verdict("fetch", "changed", str(error))) for image in wanted)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            verdict = Verdict("fetch", "corrupt", f"parquet shard: {printable(str(error))}")
+            yield from (EncodedImage(image, None, verdict) for image in wanted)
+
+
+def _of_one_table(store: Store, path: str, wanted: list[PlannedImage], limit: int) -> Iterator[EncodedImage]:
+    """The wanted rows of one table; ``wanted`` loses what was answered, so a caller can go on."""
+    about = store.stat(path)
+    if about is None:
+        raise StorageMissing(path)
+    table = pq.ParquetFile(Ranged(store, path, about.nbytes, wanted[0].etag))
+    column = table.schema.column(_leaf(table)).path
+    first = 0
+    for group in range(table.num_row_groups):
+        after = first + table.metadata.row_group(group).num_rows
+        if wanted and first <= int(wanted[0].member or 0) < after:
+            yield from _of_one_group(table, group, column, first, wanted, limit)
+        first = after
+    while wanted:
+        yield EncodedImage(wanted.pop(0), None, Verdict("fetch", "vanished", "the table has fewer rows now"))
+
+
+def _of_one_group(
+    table: pq.ParquetFile, group: int, column: str, first: int, wanted: list[PlannedImage], limit: int
+) -> Iterator[EncodedImage]:
+    row = first
+    for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[column], use_threads=False):
+        values = batch.column(0)
+        while pa.types.is_struct(values.type):
+            values = values.field(0)
+        while wanted and int(wanted[0].member or 0) < row + len(values):
+            image = wanted.pop(0)
+            value = values[int(image.member or 0) - row]
+            yield _encoded(image, value, limit)
+        row += len(values)
+        if not wanted:
+            return
+
+
+def _encoded(image: PlannedImage, value: pa.Scalar, limit: int) -> EncodedImage:
+    if not value.is_valid:
+        return EncodedImage(image, None, Verdict("fetch", "empty", "the cell is null"))
+    data = value.as_py()
+    if len(data) > limit:
+        return EncodedImage(image, None, files.too_many_bytes(image, limit))
+    return EncodedImage(image, data)
+
+
+class Ranged(io.RawIOBase):
+    """An object of a store as a seekable file of range requests."""
+
+    def __init__(self, store: Store, path: str, nbytes: int, etag: str | None) -> None:
+        self._store, self._path, self._nbytes, self._etag = store, path, nbytes, etag
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._nbytes - self._at)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._store.read(self._path, self._at, length, etag=self._etag) if length else b""
+        self._at += len(data)
+        return data

@@ -1,0 +1,225 @@
+"""One fragment as one object: a Zarr v3 shard that carries its own tables. Byte layout:
+
+    "MSKFRAG1" | u32 len(J) | u32 len(T) | J | T | zeros up to a multiple of 64
+    zstd frame | zstd frame | … | index: n_slots x [u64 offset, u64 nbytes] | u32 crc32c(index)
+
+J is JSON (what this object is, who wrote it, checksums), T is the images and the class_stats
+table as Parquet. The Zarr specification (sharding_indexed) lets inner chunks lie anywhere in the
+shard, so the header is unused space to every Zarr reader. Numbers are little-endian. The same
+container holds a region of a large image (2-D, one frame per inner chunk).
+
+Checksums: ``self_crc32c`` covers J (with that field zeroed), ``tables_crc32c`` T, ``data_crc32c``
+everything after T; each frame has zstd's own.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numcodecs.zstd import Zstd
+
+from pipeline.records import Array
+
+MAGIC = b"MSKFRAG1"
+HEAD = len(MAGIC) + 8
+EMPTY = 2**64 - 1
+FORMAT_VERSION = 1
+LEVEL = 1  # never larger than level 3 on three mask sets and twice as fast (STORE §1.4)
+_zstd = Zstd(level=LEVEL, checksum=True)
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("station", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("input_bytes", pa.int64()),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("fragment", pa.int32(), nullable=False),
+        pa.field("pixel_start", pa.int64()),
+        pa.field("mask_index", pa.int64()),
+        pa.field("path", pa.string()),
+        pa.field("byte_offset", pa.int64()),
+        pa.field("byte_nbytes", pa.list_(pa.int32())),
+        pa.field("nodata_pixels", pa.int64()),
+        pa.field("seam_score", pa.float32()),
+        pa.field("mean_confidence", pa.float32()),
+        pa.field("model_version", pa.string(), nullable=False),
+    ]
+)
+"""The images table, a contract: one row per image that is done or rejected."""
+
+DETAIL = pa.field("detail", pa.string())
+"""In the header and in `rejected` beside the contract's columns: the reason as a sentence."""
+
+CLASS_STATS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("class_id", pa.uint16(), nullable=False),
+        pa.field("pixel_count", pa.int64(), nullable=False),
+        pa.field("fraction", pa.float32(), nullable=False),
+        pa.field("mean_confidence", pa.float32()),
+    ]
+)
+"""The class_stats table, a contract: one row per image and class that occurs in it."""
+
+
+class FragmentDamaged(Exception):
+    """An object that is not what was written; the text says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an object says of itself, checked."""
+
+    about: dict[str, Any]
+    images: pa.Table
+    class_stats: pa.Table
+    nbytes: int
+    """Bytes of the header, up to the first frame."""
+
+
+def compress(chunk: Array) -> bytes:
+    """One inner chunk as a zstd frame with a content checksum."""
+    return bytes(_zstd.encode(np.ascontiguousarray(chunk)))
+
+
+def decompress(frame: bytes | memoryview, dtype: str) -> Array:
+    """Undo `compress`, flat.
+
+    Raises:
+        FragmentDamaged: if the frame or its checksum is broken.
+    """
+    try:
+        return np.frombuffer(_zstd.decode(frame), dtype)
+    except RuntimeError as error:
+        raise FragmentDamaged(f"zstd: {error}") from error
+
+
+def slots_of(values: Array, chunk: int, fill: int) -> list[bytes]:
+    """A flat run of values as frames of ``chunk`` values each, the last one filled up."""
+    flat = values.reshape(-1)
+    whole = len(flat) // chunk * chunk
+    frames = [compress(flat[start : start + chunk]) for start in range(0, whole, chunk)]
+    if whole < len(flat):
+        last = np.full(chunk, fill, flat.dtype)
+        last[: len(flat) - whole] = flat[whole:]
+        frames.append(compress(last))
+    return frames
+
+
+def assemble(
+    about: dict[str, Any], images: pa.Table, class_stats: pa.Table, frames: Sequence[bytes | None], slots: Sequence[int], n_slots: int
+) -> bytes:
+    """The object: header, frames in the given order, index.
+
+    Args:
+        about: JSON-able facts; lengths and checksums are added here.
+        images: rows whose ``byte_offset`` counts from the first frame.
+        class_stats: their statistics.
+        frames: compressed inner chunks.
+        slots: the index entry each frame belongs to.
+        n_slots: entries of the index; all others stay empty.
+    """
+    tables = _parquet(images), _parquet(class_stats)
+    data = b"".join(frame for frame in frames if frame is not None)
+    sizes = np.array([len(f or b"") for f in frames], dtype="<u8")
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype("<u8") if len(sizes) else sizes
+    about = {
+        **about,
+        "format_version": FORMAT_VERSION,
+        "images": [0, len(tables[0])],
+        "class_stats": [len(tables[0]), len(tables[0]) + len(tables[1])],
+        "tables_crc32c": google_crc32c.value(tables[0] + tables[1]),
+        "data_crc32c": 0,
+        "self_crc32c": 0,
+    }
+    # The index holds absolute offsets, so the header's length must be known first: checksums have
+    # ten digits at most, and the JSON is padded with spaces to that length.
+    room = len(_json(about)) + 2 * 10
+    nbytes = _header_nbytes(room, len(tables[0]) + len(tables[1]))
+    index = np.full((n_slots, 2), EMPTY, dtype="<u8")
+    if len(sizes):
+        index[list(slots), 0] = starts + nbytes
+        index[list(slots), 1] = sizes
+    packed = index.tobytes()
+    tail = struct.pack("<I", google_crc32c.value(packed))
+    padding = bytes(nbytes - HEAD - room - len(tables[0]) - len(tables[1]))
+    about["data_crc32c"] = google_crc32c.value(b"".join((padding, data, packed, tail)))
+    about["self_crc32c"] = google_crc32c.value(_json(about))
+    text = _json(about).ljust(room)
+    header = MAGIC + struct.pack("<II", room, len(tables[0]) + len(tables[1])) + text + tables[0] + tables[1]
+    return b"".join((header, padding, data, packed, tail))
+
+
+def read_header(start: bytes) -> Header:
+    """The header at the beginning of an object.
+
+    Raises:
+        FragmentDamaged: if it is not one, or damaged; or if `header_nbytes` says that more
+            bytes are needed than ``start`` has.
+    """
+    if len(start) < header_nbytes(start):
+        raise FragmentDamaged(f"the header needs {header_nbytes(start)} bytes, there are {len(start)}")
+    room, tables = struct.unpack("<II", start[len(MAGIC) : HEAD])
+    try:
+        about = json.loads(start[HEAD : HEAD + room])
+        said, zeroed = about["self_crc32c"], {**about, "self_crc32c": 0}
+        body = start[HEAD + room : HEAD + room + tables]
+        if google_crc32c.value(_json(zeroed)) != said or google_crc32c.value(body) != about["tables_crc32c"]:
+            raise FragmentDamaged("the header does not match its checksum")
+        first, second = about["images"], about["class_stats"]
+        images = pq.read_table(io.BytesIO(body[first[0] : first[1]]))
+        class_stats = pq.read_table(io.BytesIO(body[second[0] : second[1]]))
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise FragmentDamaged(f"the header cannot be read: {error}") from error
+    return Header(about, images, class_stats, _header_nbytes(room, tables))
+
+
+def header_nbytes(start: bytes) -> int:
+    """How many bytes the header has, from its first 16."""
+    if len(start) < HEAD or start[: len(MAGIC)] != MAGIC:
+        raise FragmentDamaged("it does not begin like a Maskfleet object")
+    return _header_nbytes(*struct.unpack("<II", start[len(MAGIC) : HEAD]))
+
+
+def read_index(data: bytes, n_slots: int) -> Array:
+    """The index of a whole object, [n_slots, 2] of uint64, checked."""
+    nbytes = n_slots * 16
+    packed, crc = data[-nbytes - 4 : -4], data[-4:]
+    if len(packed) != nbytes or struct.unpack("<I", crc)[0] != google_crc32c.value(packed):
+        raise FragmentDamaged("the index does not match its checksum")
+    return np.frombuffer(packed, "<u8").reshape(n_slots, 2)
+
+
+def check_data(data: bytes, header: Header) -> None:
+    """Every byte after the header against its checksum."""
+    end = HEAD + sum(struct.unpack("<II", data[len(MAGIC) : HEAD]))
+    if google_crc32c.value(data[end:]) != header.about["data_crc32c"]:
+        raise FragmentDamaged("its bytes do not match their checksum")
+
+
+def _header_nbytes(room: int, tables: int) -> int:
+    return -(-(HEAD + room + tables) // 64) * 64
+
+
+def _json(about: dict[str, Any]) -> bytes:
+    return json.dumps(about, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,308 @@
+"""The model on a device: batches in, answers out. torch lives here.
+
+Whole pictures come back as finished labels and counts; of tiled pictures only native scores leave
+this file, and `Segmenter.finish` turns blended scores into labels, strip by strip, the same way.
+Scores are never kept at full size: a strip of at most `STRIP` values is up-sampled (bilinear,
+half-pixel centres), reduced to labels, and forgotten.
+
+Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from models import Bundle, load_bundle_bytes
+from pipeline.batch import Batch, padded
+from pipeline.errors import RunRefused
+from pipeline.records import Array, Pixels
+from pipeline.tile import Picture, Rows, Tile, TileAnswer, grid_row_above
+
+STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
+PROBE_SIDE = 256
+PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
+COUNT_BY_CLASS = 32  # up to so many classes one pass per class beats bincount's int64 copy
+
+
+class Segmenter:
+    """A bundle on a device, used by several threads.
+
+    On a CPU every thread predicts with one torch thread, so that answers do not depend on how many
+    cores there are; on a GPU one thread predicts at a time.
+    """
+
+    def __init__(self, model_json: bytes, weights: bytes, device: str = "auto") -> None:
+        try:
+            model, self.bundle = load_bundle_bytes(model_json, weights)
+        except ValueError as error:
+            raise RunRefused(f"the model bundle cannot be used: {error}") from error
+        self.device = torch.device(_device(device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(1)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.stride: int = model.stride
+        self.min_side: int = model.min_side
+        self.receptive_field: int | None = model.receptive_field
+        ids = [entry.id for entry in self.bundle.classes]
+        self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
+        self.fill = int(np.iinfo(self.dtype).max)
+        kind = torch.uint8 if self.dtype == np.uint8 else torch.uint16
+        self._ids_K = torch.tensor(ids, device=self.device).to(kind)
+        self._identity = ids == list(range(len(ids)))
+        self._kind = kind
+        self._lock = threading.Lock() if self.device.type != "cpu" else _NoLock()
+        self._most_tiles: dict[tuple[int, int], int] = {}
+        """Tiles of a padded shape that fit the memory, learnt from running out of it."""
+
+    # ------------------------------------------------------------------------------- predicting
+
+    def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
+        """Answers to every tile, in the order of the batches.
+
+        Raises:
+            MemoryError: if a single tile does not fit; its batch mates have been answered.
+        """
+        for batch in batches:
+            most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
+            for start in range(0, len(batch.tiles), most):
+                yield from self._answered(batch.tiles[start : start + most], batch.height, batch.width, confidence)
+
+    def _answered(self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool) -> Iterator[TileAnswer]:
+        try:
+            with self._lock:
+                answers = self._run(tiles, height, width, confidence)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(tiles) == 1:
+                raise MemoryError(f"one tile of {height} x {width} pixels does not fit the memory") from error
+            half = len(tiles) // 2
+            self._most_tiles[height, width] = half
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield from self._answered(tiles[:half], height, width, confidence)
+            yield from self._answered(tiles[half:], height, width, confidence)
+            return
+        yield from answers
+
+    @torch.inference_mode()
+    def _run(self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool) -> list[TileAnswer]:
+        sizes = [(max(t.height, self.min_side), max(t.width, self.min_side)) for t in tiles]
+        x_BCHW = self._input(tiles, max(height, self.min_side), max(width, self.min_side))
+        scores_BKhw = self.model(x_BCHW, torch.tensor(sizes), native=True)
+        answers = []
+        for tile, size, scores_Khw in zip(tiles, sizes, scores_BKhw, strict=True):
+            h, w = self.model.native_size(*size)
+            valid_Khw = scores_Khw[:, :h, :w].float()
+            if tile.picture.tiled:
+                answers.append(TileAnswer(tile, scores_KGg=valid_Khw.cpu().numpy()))
+            else:
+                nodata = tile.picture.pixels.nodata_HW
+                rows = self._finish(valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, confidence)
+                answers.append(TileAnswer(tile, rows=rows))
+        return answers
+
+    def _input(self, tiles: tuple[Tile, ...], height: int, width: int) -> torch.Tensor:
+        """Normalised pixels; padding is 0, the mean."""
+        about = self.bundle.input
+        x_BHWC = np.zeros((len(tiles), height, width, about.channels), np.float32)
+        for tile, x_HWC in zip(tiles, x_BHWC, strict=True):
+            values_HWC = tile.values_HWC
+            lo, hi = about.range or (0, np.iinfo(values_HWC.dtype).max)
+            scale = (1 / ((hi - lo) * np.asarray(about.std))).astype(np.float32)
+            shift = (-(lo / (hi - lo) + np.asarray(about.mean)) / np.asarray(about.std)).astype(np.float32)
+            if about.range is not None:
+                values_HWC = np.clip(values_HWC, lo, hi)
+            if about.channels == 1 and values_HWC.shape[2] == 3:
+                values_HWC = _luma(values_HWC)
+            part = x_HWC[: tile.height, : tile.width]
+            np.multiply(values_HWC, scale, out=part)
+            part += shift
+        return torch.from_numpy(x_BHWC).to(self.device).permute(0, 3, 1, 2)
+
+    # -------------------------------------------------------------------------------- finishing
+
+    @torch.inference_mode()
+    def finish(
+        self, picture: Picture, scores_KGg: Array, g0: int, cells: tuple[int, int], y0: int, y1: int, confidence: bool
+    ) -> Rows:
+        """Pixel rows y0 to y1 of a tiled picture, from blended scores that begin at grid row g0."""
+        pixels = picture.pixels
+        scores = torch.from_numpy(scores_KGg)  # blended on the host, finished there
+        nodata = None if pixels.nodata_HW is None else pixels.nodata_HW[y0:y1]
+        size = (max(pixels.height, self.min_side), max(pixels.width, self.min_side))
+        return self._finish(scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence)
+
+    def _finish(
+        self,
+        scores_Khw: torch.Tensor,
+        g0: int,
+        cells: tuple[int, int],
+        size: tuple[int, int],
+        span: tuple[int, int],
+        width: int,
+        nodata: Array | None,
+        confidence: bool,
+    ) -> Rows:
+        classes = scores_Khw.shape[0]
+        step = max(1, STRIP // (classes * size[1]))
+        parts = []
+        for y0 in range(*span, step):
+            y1 = min(y0 + step, span[1])
+            logits_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1)[:, :, :width]
+            blank = None if nodata is None else torch.from_numpy(np.ascontiguousarray(nodata[y0 - span[0] : y1 - span[0]]))
+            parts.append(self._reduced(logits_KHW, blank, confidence))
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _reduced(self, logits_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool) -> Rows:
+        """Labels, counts and confidences of some rows."""
+        classes = logits_KHW.shape[0]
+        best_HW, index_HW = logits_KHW.max(0)
+        sure_HW = torch.exp(best_HW - torch.logsumexp(logits_KHW, 0))
+        index_HW = index_HW.to(self._kind)
+        if blank_HW is not None:
+            blank_HW = blank_HW.to(index_HW.device)
+            index_HW = index_HW.masked_fill(blank_HW, self.fill)
+            sure_HW = sure_HW.masked_fill(blank_HW, 0.0)
+        counts, sums = _counted(index_HW, sure_HW, classes)
+        labels = index_HW if self._identity else self._renamed(index_HW, blank_HW)
+        certainty = (sure_HW * 255).round_().to(torch.uint8).cpu().numpy() if confidence else None
+        return Rows(labels.cpu().numpy(), certainty, counts, sums)
+
+    def _renamed(self, index_HW: torch.Tensor, blank_HW: torch.Tensor | None) -> torch.Tensor:
+        known_HW = index_HW if blank_HW is None else index_HW.masked_fill(blank_HW, 0)
+        labels_HW = self._ids_K[known_HW.long()]
+        return labels_HW if blank_HW is None else labels_HW.masked_fill(blank_HW, self.fill)
+
+    # ---------------------------------------------------------------------------------- probing
+
+    def probe(self) -> int:
+        """The pixel budget of a batch: the smallest whose pixels are about as fast as any's.
+
+        Found once per run and frozen in its run.json.
+        """
+        best, budget = float("inf"), PROBE_SIDE**2
+        for count in PROBE_BATCHES:
+            seconds = self._timed(count)
+            if seconds is None or seconds > best * GAIN:
+                break
+            best, budget = seconds, count * PROBE_SIDE**2
+        return budget
+
+    def _timed(self, count: int) -> float | None:
+        """Seconds per picture at a batch size, the best of three; None where memory ends."""
+        values = np.random.default_rng(0).integers(0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8)
+        picture = Picture(None, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))  # type: ignore[arg-type]
+        tiles = (Tile(picture, 0, 0, PROBE_SIDE, PROBE_SIDE),) * count
+        side = padded(PROBE_SIDE, self.stride)
+        times = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            try:
+                self._run(tiles, side, side, confidence=False)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                return None
+            times.append(time.perf_counter() - start)
+        return min(times[1:]) / count
+
+
+def upsampled(
+    scores_Khw: torch.Tensor, g0: int, cells: tuple[int, int], size: tuple[int, int], y0: int, y1: int
+) -> torch.Tensor:
+    """Pixel rows y0 to y1 of the bilinear up-sampling of a whole grid, from the rows at hand.
+
+    Args:
+        scores_Khw: grid rows from g0 on.
+        g0: the grid row of the first.
+        cells: rows and columns of the whole grid.
+        size: height and width of the whole picture, in pixels.
+        y0: first pixel row.
+        y1: the row after the last.
+
+    Returns:
+        logits_KHW with y1 - y0 rows, as `interpolate(align_corners=False)` of the whole would give.
+    """
+    rows = torch.arange(y0, y1, device=scores_Khw.device, dtype=torch.float64)
+    at = ((rows + 0.5) * cells[0] / size[0] - 0.5).clamp_(min=0)
+    upper = at.floor()
+    lower = (upper + 1).clamp_(max=cells[0] - 1)
+    share = (at - upper).to(scores_Khw.dtype)[None, :, None]
+    top = scores_Khw.index_select(1, (upper - g0).long())
+    bottom = scores_Khw.index_select(1, (lower - g0).long())
+    rows_KHw = torch.lerp(top, bottom, share)
+    return interpolate(rows_KHw, size=size[1], mode="linear", align_corners=False)
+
+
+def _counted(index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int) -> tuple[Array, Array]:
+    if classes <= COUNT_BY_CLASS:
+        masks = [index_HW == k for k in range(classes)]
+        counts = torch.stack([m.count_nonzero() for m in masks])
+        sums = torch.stack([(sure_HW * m).sum(dtype=torch.float64) for m in masks])
+    else:
+        flat = index_HW.flatten().long()
+        kept = flat < classes
+        flat, sure = flat[kept], sure_HW.flatten()[kept]
+        counts = torch.bincount(flat, minlength=classes)
+        sums = torch.bincount(flat, weights=sure.double(), minlength=classes)
+    return counts.cpu().numpy().astype(np.int64), sums.cpu().numpy().astype(np.float64)
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    first = parts[0]
+    return Rows(
+        np.concatenate([p.labels_HW for p in parts]),
+        None if first.confidence_HW is None else np.concatenate([p.confidence_HW for p in parts]),
+        np.sum([p.counts_K for p in parts], axis=0),
+        np.sum([p.confidences_K for p in parts], axis=0),
+    )
+
+
+def _luma(values_HWC: Array) -> Array:
+    """ITU-R 601-2 luma, as Pillow converts RGB to L."""
+    return (values_HWC @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RunRefused("--compute.device cuda: torch sees no GPU here; use auto or cpu, or install a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+class _NoLock:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of giving it back after every operation.
+
+    Page faults cost as much as the arithmetic otherwise (MODELS §1.6.10: 980 -> 490 ms a picture).
+    Nothing happens where there is no glibc.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2_000_000_000)
+        libc.mallopt(m_top_pad, 64 * 1024**2)
+    except (OSError, AttributeError):
+        return
+
+
+__all__ = ["Bundle", "Segmenter", "grid_row_above", "keep_freed_memory", "upsampled"]

@@ -1,0 +1,176 @@
+"""A mask's strips into compressed frames and the numbers that go with them.
+
+A mask that fits its fragment's slots is compressed here; a larger one goes region by region to an
+array of its own (pipeline/large.py). Both end as a `MeasuredMask`, rows of the two tables.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, slots_of
+from pipeline.layout import Layout
+from pipeline.records import Array, PlannedImage, Verdict
+from pipeline.tile import Picture, Rows, Strip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredMask:
+    """All that is left of a picture: what the tables say, and frames if it lies in slots."""
+
+    plan: PlannedImage
+    height: int
+    width: int
+    input_bytes: int
+    sha256: str
+    counts_K: Array
+    confidences_K: Array
+    seam_score: float | None
+    frames: tuple[bytes, ...] = ()
+    confidence_frames: tuple[bytes, ...] = ()
+    path: str | None = None
+    """Where a large image's array lies in the run; None for one in slots."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RejectedImage:
+    """An image that has a reason instead of a mask."""
+
+    plan: PlannedImage
+    verdict: Verdict
+    input_bytes: int | None = None
+    sha256: str | None = None
+
+
+class MaskSink(Protocol):
+    """Takes the rows of one mask from top to bottom."""
+
+    def add(self, rows: Rows) -> None:
+        """The next rows."""
+        ...
+
+    def close(self, picture: Picture, seam_score: float | None) -> MeasuredMask:
+        """The mask is whole."""
+        ...
+
+
+@dataclass(slots=True)
+class SlotMask:
+    """A mask that lies in slots of its fragment."""
+
+    layout: Layout
+    parts: list[Rows] = field(default_factory=list)
+
+    def add(self, rows: Rows) -> None:
+        """See `MaskSink.add`."""
+        self.parts.append(rows)
+
+    def close(self, picture: Picture, seam_score: float | None) -> MeasuredMask:
+        """See `MaskSink.close`."""
+        labels = np.concatenate([part.labels_HW for part in self.parts])
+        certainty: tuple[bytes, ...] = ()
+        if self.layout.confidence:
+            values = np.concatenate([part.confidence_HW for part in self.parts]).astype(labels.dtype)
+            certainty = tuple(slots_of(values, self.layout.slot, self.layout.fill))
+        counts, sums = summed(self.parts)
+        frames = tuple(slots_of(labels, self.layout.slot, self.layout.fill))
+        return measured(picture, counts, sums, seam_score, frames=frames, confidence_frames=certainty)
+
+
+def summed(parts: list[Rows]) -> tuple[Array, Array]:
+    """Counts and confidences of several stretches of rows."""
+    return np.sum([p.counts_K for p in parts], axis=0), np.sum([p.confidences_K for p in parts], axis=0)
+
+
+def measured(
+    picture: Picture, counts_K: Array, confidences_K: Array, seam_score: float | None, **place: Any  # noqa: ANN401
+) -> MeasuredMask:
+    """The record of a finished picture; ``place`` is its frames or its path."""
+    pixels = picture.pixels
+    about = (picture.plan, pixels.height, pixels.width, picture.input_bytes, picture.sha256)
+    return MeasuredMask(*about, counts_K, confidences_K, seam_score, **place)
+
+
+def measure(strips: Iterable[Strip], sink_for: Callable[[Picture], MaskSink]) -> Iterator[MeasuredMask]:
+    """Masks, each as soon as its last strip is there."""
+    sinks: dict[int, MaskSink] = {}
+    for strip in strips:
+        image_id = strip.picture.plan.image_id
+        if image_id not in sinks:
+            sinks[image_id] = sink_for(strip.picture)
+        sinks[image_id].add(strip.rows)
+        if strip.last:
+            yield sinks.pop(image_id).close(strip.picture, strip.seam_score)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def image_row(mask: MeasuredMask, model_version: str, place: dict[str, Any]) -> dict[str, Any]:
+    """The images row of a mask; ``place`` says where it lies."""
+    data = int(mask.counts_K.sum())
+    return _row(
+        mask.plan,
+        model_version,
+        status="done",
+        height=mask.height,
+        width=mask.width,
+        input_bytes=mask.input_bytes,
+        sha256=mask.sha256,
+        nodata_pixels=mask.height * mask.width - data,
+        seam_score=mask.seam_score,
+        mean_confidence=float(mask.confidences_K.sum() / data) if data else None,
+        **place,
+    )
+
+
+def rejected_row(image: RejectedImage, model_version: str) -> dict[str, Any]:
+    """The images row of an image without a mask."""
+    verdict = image.verdict
+    return _row(
+        image.plan,
+        model_version,
+        status="rejected",
+        station=verdict.station,
+        reason=verdict.reason,
+        detail=verdict.detail,
+        input_bytes=image.input_bytes,
+        sha256=image.sha256,
+    )
+
+
+def _row(plan: PlannedImage, model_version: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+    empty = dict.fromkeys((*IMAGES.names, DETAIL.name))
+    named = {
+        "image_id": plan.image_id,
+        "key": plan.key,
+        "uri": plan.uri,
+        "etag": plan.etag,
+        "fragment": plan.fragment,
+        "model_version": model_version,
+    }
+    return {**empty, **named, **values}
+
+
+def stat_rows(mask: MeasuredMask, class_ids: list[int]) -> list[dict[str, Any]]:
+    """The class_stats rows of a mask: classes that occur, fractions of its data pixels."""
+    data = int(mask.counts_K.sum())
+    return [
+        {
+            "image_id": mask.plan.image_id,
+            "class_id": class_ids[k],
+            "pixel_count": int(mask.counts_K[k]),
+            "fraction": mask.counts_K[k] / data,
+            "mean_confidence": float(mask.confidences_K[k] / mask.counts_K[k]),
+        }
+        for k in np.flatnonzero(mask.counts_K)
+    ]
+
+
+def tables(images: list[dict[str, Any]], stats: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
+    """Rows as the two tables of a fragment's header."""
+    schema = IMAGES.append(DETAIL)
+    return pa.Table.from_pylist(images, schema), pa.Table.from_pylist(stats, CLASS_STATS)

@@ -1,0 +1,376 @@
+"""The plan: the frozen, ordered list of images, cut into fragments, written in rounds.
+
+Round 0 holds the whole archive. A later round holds what is new, what changed (by etag, then by
+the SHA-256 of its bytes), what is tried again, and the keys that are gone. ``plan/NNN.parquet`` is
+one create-only object with one row group per fragment; ``NNN.fragments.parquet`` is derived from it.
+"""
+
+import fnmatch
+import hashlib
+import io
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import formats
+from pipeline.config import Fragments, SegmentConfig
+from pipeline.decode import sniff
+from pipeline.errors import RunRefused, StorageMissing
+from pipeline.keys import escape, path_of
+from pipeline.kinds import kind_of_name
+from pipeline.records import PlannedImage
+from pipeline.storage import Found, Store, open_store
+
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("member", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("fragment", pa.int32(), nullable=False),
+        pa.field("problem", pa.string()),
+        pa.field("change", pa.string(), nullable=False),
+        pa.field("replaces", pa.int64()),
+    ]
+)
+"""One row per image. ``change``: new, changed, retried, removed (fragment -1: nothing to do).
+``replaces``: the image_id whose answer this row supersedes."""
+
+FRAGMENTS = pa.schema(
+    [
+        pa.field("fragment", pa.int32(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("images", pa.int32(), nullable=False),
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("first_image_id", pa.int64(), nullable=False),
+    ]
+)
+
+INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
+CHUNK = 65_536  # rows collected before they become Arrow: bounds the driver's memory
+SMALLEST, PARTS = 16, 64  # a fragment holds clamp(N / 64, 16, fragment.images) images
+
+
+@dataclass(slots=True)
+class Listing:
+    """What a walk through the source has met, beside the images themselves."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Objects and members that are no images, by the suffix or the reason that says so."""
+    left_out: int = 0
+    """Images that --include, --exclude or --limit left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One planned round, in memory only while it is written."""
+
+    number: int
+    table: pa.Table
+    """`SCHEMA`, sorted by image_id, removed keys last."""
+
+    @property
+    def images(self) -> int:
+        """How many images it asks for."""
+        return pc.sum(pc.greater_equal(self.table["fragment"], 0)).as_py() or 0
+
+
+# ---------------------------------------------------------------------------------------- listing
+
+
+def discover(store: Store, config: SegmentConfig, listing: Listing) -> Iterator[tuple[Found, str, formats.Entry]]:
+    """Every image below the source with the format that fetches it, in key order of the objects.
+
+    Raises:
+        RunRefused: if the source is not there or the format unknown.
+    """
+    if config.format != "auto":
+        formats.load(config.format)
+    with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
+        for found, name, entries in _in_order(pool, _objects(store), lambda f: _indexed(store, f, config.format)):
+            if name == "skip":
+                listing.skipped[_suffix(found)] += 1
+            for entry in entries:
+                if entry.skipped:
+                    listing.skipped[f"{name} member"] += 1
+                elif _chosen(_key(found, entry), config):
+                    yield found, name, entry
+                else:
+                    listing.left_out += 1
+
+
+def _objects(store: Store) -> Iterator[Found]:
+    try:
+        yield from store.list()
+    except StorageMissing as error:
+        raise RunRefused(f"cannot read the source: {error}") from error
+
+
+def _in_order(pool, items: Iterable[Found], work: Callable) -> Iterator:  # noqa: ANN001
+    """`pool.map` that looks ahead a little only: a listing may have millions of objects."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= 8 * INDEXED_AT_ONCE:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _indexed(store: Store, found: Found, wanted: str) -> tuple[Found, str, Iterable[formats.Entry]]:
+    name = _format_of(store, found, wanted)
+    if name == "skip":
+        return found, name, ()
+    return found, name, list(formats.load(name).index(store, found))
+
+
+def _format_of(store: Store, found: Found, wanted: str) -> str:
+    kind = kind_of_name(found.path)
+    if not found.regular or kind == "skip":
+        return "skip"
+    if wanted != "auto":
+        return wanted
+    if kind == "image":
+        return "files"
+    # A shard by name, or a suffix that says nothing: its first bytes decide.
+    content = sniff(store.read(found.path, 0, 512)) if found.nbytes else None
+    by_content = {"TAR": "webdataset", "PARQUET": "parquet", None: None}.get(content, "files")
+    if kind == "unknown":
+        return by_content or "skip"
+    return "files" if by_content == "files" else by_content or kind
+
+
+def _suffix(found: Found) -> str:
+    if not found.regular:
+        return "not a regular file"
+    name = found.path.rstrip("/").rpartition("/")[2]
+    return "folder marker" if found.path.endswith("/") else "." + escape(name.rpartition(".")[2]) if "." in name else escape(name)
+
+
+def _key(found: Found, entry: formats.Entry) -> str:
+    path = escape(found.path)
+    return path if entry.member is None else f"{path}#{entry.member}"
+
+
+def _chosen(key: str, config: SegmentConfig) -> bool:
+    if config.include and not any(fnmatch.fnmatchcase(key, glob) for glob in config.include):
+        return False
+    return not any(fnmatch.fnmatchcase(key, glob) for glob in config.exclude)
+
+
+# ----------------------------------------------------------------------------------------- rounds
+
+
+class _Rows:
+    """Rows on their way into Arrow; a million Python objects at once would be half a gigabyte."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list] = {name: [] for name in SCHEMA.names}
+        self._done: list[pa.RecordBatch] = []
+        self.count = 0
+
+    def add(self, **values: object) -> None:
+        for name, column in self._columns.items():
+            column.append(values[name])
+        self.count += 1
+        if len(self._columns["key"]) >= CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._done.append(pa.RecordBatch.from_pydict(self._columns, schema=SCHEMA))
+        self._columns = {name: [] for name in SCHEMA.names}
+
+    def table(self) -> pa.Table:
+        self._flush()
+        return pa.Table.from_batches(self._done, schema=SCHEMA)
+
+
+def plan_round(
+    store: Store,
+    config: SegmentConfig,
+    listing: Listing,
+    known: "dict[str, Known]",
+    first: "Start",
+) -> Round:
+    """What is to be done now that ``known`` is already planned.
+
+    Args:
+        known: the live images of all earlier rounds, by key; empty for round 0.
+        first: the numbers this round starts with.
+    """
+    rows, unseen = _Rows(), set(known)
+    limit = config.limit
+    for found, name, entry in discover(store, config, listing):
+        key = _key(found, entry)
+        before = known.get(key)
+        unseen.discard(key)
+        change = _change(store, found, entry, before, config)
+        if change is None:
+            continue
+        if limit is not None and rows.count + len(known) >= limit and before is None:
+            listing.left_out += 1
+            continue
+        rows.add(
+            image_id=first.image_id + rows.count,
+            key=key,
+            uri=f"{store.uri}/{escape(found.path) if not _plain(found.path) else found.path}",
+            member=entry.member,
+            offset=entry.offset,
+            nbytes=entry.nbytes,
+            etag=found.etag,
+            format=name,
+            fragment=0,
+            problem=entry.problem,
+            change=change,
+            replaces=before.image_id if before else None,
+        )
+    table = _with_fragments(rows.table(), first.fragment, config.fragment, first.cap)
+    gone = [] if limit is not None else sorted(known[key].image_id for key in unseen)
+    by_id = {known[key].image_id: key for key in unseen} if gone else {}
+    return Round(first.round, pa.concat_tables([table, _removed(gone, by_id)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The numbers a new round starts with: ids and fragments go on from the rounds before."""
+
+    round: int = 0
+    image_id: int = 0
+    fragment: int = 0
+    cap: int | None = None
+    """Images of a fragment at most, where an earlier round has frozen it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A live image of an earlier round."""
+
+    image_id: int
+    etag: str
+    nbytes: int
+    offset: int | None
+    sha256: str | None = None
+    """Of its encoded bytes, where it was read."""
+    reason: str | None = None
+    """Why it was rejected, if it was."""
+
+
+def _plain(path: str) -> bool:
+    return path.isprintable() and path.isascii() or escape(path) == path
+
+
+def _change(store: Store, found: Found, entry: formats.Entry, before: Known | None, config: SegmentConfig) -> str | None:
+    """Why this image is in the round, or None where it has not changed."""
+    if before is None:
+        return "new"
+    if before.reason and before.reason in config.retry:
+        return "retried"
+    if before.etag == found.etag:
+        return None
+    if before.sha256 and entry.problem is None and _digest(store, found, entry) == before.sha256:
+        return None  # touched or re-packed, but the same bytes
+    return "changed"
+
+
+def _digest(store: Store, found: Found, entry: formats.Entry) -> str | None:
+    """SHA-256 of the encoded bytes as they are now; None for table rows, which are read by column."""
+    if entry.member is not None and entry.offset is None:
+        return None
+    length = None if entry.offset is None else entry.nbytes
+    return hashlib.sha256(store.read(found.path, entry.offset or 0, length)).hexdigest()
+
+
+def _with_fragments(table: pa.Table, start: int, rule: Fragments, cap: int | None) -> pa.Table:
+    """Number the fragments: consecutive images, bounded by bytes and count, never by time."""
+    most = min(rule.images, max(SMALLEST, table.num_rows // PARTS), cap or rule.images)
+    numbers, inside, nbytes, fragment = [], 0, 0, start
+    for size in table["nbytes"].to_pylist():
+        if inside and (inside >= most or nbytes + size > rule.bytes):
+            fragment, inside, nbytes = fragment + 1, 0, 0
+        numbers.append(fragment)
+        inside, nbytes = inside + 1, nbytes + size
+    place = SCHEMA.get_field_index("fragment")
+    return table.set_column(place, SCHEMA.field("fragment"), pa.array(numbers, pa.int32()))
+
+
+def _removed(ids: list[int], keys: dict[int, str]) -> pa.Table:
+    rows = _Rows()
+    for image_id in ids:
+        rows.add(
+            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0, etag="", format="",
+            fragment=-1, problem=None, change="removed", replaces=image_id,
+        )  # fmt: skip
+    return rows.table()
+
+
+# -------------------------------------------------------------------------------- as objects
+
+
+def path_of_round(number: int) -> str:
+    """Where a round's plan lies in the run folder."""
+    return f"plan/{number:03d}.parquet"
+
+
+def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
+    """The round as one object: a row group per fragment, removed keys in the last one."""
+    sink = io.BytesIO()
+    notes = {"maskfleet.token": token, "maskfleet.listing": json.dumps(about, sort_keys=True)}
+    with pq.ParquetWriter(sink, SCHEMA.with_metadata(notes), compression="zstd") as writer:
+        for _, start, count in runs(plan.table["fragment"]):
+            writer.write_table(plan.table.slice(start, count), row_group_size=max(1, count))
+    return sink.getvalue()
+
+
+def fragments_table(plan: pa.Table) -> pa.Table:
+    """The small table beside a plan: one row per fragment, removed keys left out."""
+    rows = [
+        (fragment, group, count, pc.sum(plan["nbytes"].slice(start, count)).as_py(), plan["image_id"][start].as_py())
+        for group, (fragment, start, count) in enumerate(runs(plan["fragment"]))
+        if fragment >= 0
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(FRAGMENTS.names)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
+
+
+def runs(fragments: pa.ChunkedArray) -> Iterator[tuple[int, int, int]]:
+    """(fragment, first row, rows) of each stretch of equal fragment numbers."""
+    encoded = pc.run_end_encode(fragments.combine_chunks()) if len(fragments) else None
+    if encoded is None:
+        return
+    start = 0
+    for value, end in zip(encoded.values.to_pylist(), encoded.run_ends.to_pylist(), strict=True):
+        yield value, start, end - start
+        start = end
+
+
+def read_fragment(file: pq.ParquetFile, row_group: int) -> list[PlannedImage]:
+    """The images of one fragment, in plan order."""
+    names = [f for f in PlannedImage.__dataclass_fields__ if f in SCHEMA.names]
+    table = file.read_row_group(row_group, columns=names)
+    return [PlannedImage(**row) for row in table.to_pylist()]
+
+
+def source_of(config: SegmentConfig) -> Store:
+    """The store of the source."""
+    return open_store(config.source)
+
+
+def head(store: Store, image: PlannedImage, nbytes: int) -> bytes:
+    """The first bytes of an image, for a look at its size; b"" where there are none to be had."""
+    if image.problem or (image.member is not None and image.offset is None):
+        return b""
+    length = min(nbytes, image.nbytes) if image.offset is not None else nbytes
+    try:
+        return store.read(path_of(image.key), image.offset or 0, length)
+    except StorageMissing:
+        return b""

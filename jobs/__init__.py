@@ -1,0 +1,47 @@
+"""Commands: every file here is one, ``maskfleet NAME`` or ``python -m jobs.NAME``.
+
+What they share: one logger, and the one place where an exception becomes an exit code.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from pipeline.errors import EXIT_BUG, EXIT_REFUSED, EXIT_UNFINISHED, RunRefused, StorageError
+from pipeline.errors import MaskfleetError, RunUnfinished
+
+log = logging.getLogger("maskfleet")
+
+QUIET = ("botocore", "aiobotocore", "s3fs", "urllib3", "fsspec")  # at DEBUG they print keys and signatures
+
+
+def ended(command: Callable[[], int]) -> int:
+    """Run a command and turn how it ended into an exit code (DESIGN: 0 1 2 3 4)."""
+    set_up_logging()
+    try:
+        return command()
+    except RunUnfinished as error:
+        log.error("not finished: %s", error)  # noqa: TRY400 - a sentence, not a trace
+        return EXIT_UNFINISHED
+    except (RunRefused, MaskfleetError) as error:
+        log.error("refused: %s", error)  # noqa: TRY400
+        return EXIT_UNFINISHED if isinstance(error, StorageError) else EXIT_REFUSED
+    except KeyboardInterrupt:
+        log.error("interrupted: what is committed stays; run the same command again to go on")  # noqa: TRY400
+        return EXIT_UNFINISHED
+    except BrokenPipeError:  # somebody closed our output, as `| head` does
+        return EXIT_UNFINISHED
+    except Exception:
+        log.exception("a bug; please report it with what is above. What is committed stays")
+        return EXIT_BUG
+
+
+def set_up_logging() -> None:
+    """Plain lines on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.INFO)

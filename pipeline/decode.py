@@ -15,6 +15,7 @@ one of the six, its end missing         truncated             no IEND, EOI or tr
                                                               strips beyond the end
 one of the six, coded as nobody here    unsupported_format    e.g. lossless JPEG, TIFF of 5 bands
 can read
+JPEG, its scan shorter than its size    corrupt               simplejpeg, where Pillow fills in gray
 one of the six, otherwise refused       corrupt               the decoder's exception
 ======================================= ===================== ====================================
 
@@ -34,7 +35,7 @@ float                            uint16, [0, 1] to 0..65535, clipped      NaN
 RGB, RGBA                        C=3 uint8, colours as stored             alpha 0, the tRNS colour
 RGB, RGBA, 16 bits               C=3 uint8, the high byte                 alpha 0
 RGBA, premultiplied              C=3 uint8, divided by alpha              alpha 0
-palette                          C=3 uint8                                alpha 0
+palette                          C=3 uint8 (C=1: a BMP or GIF gray ramp)  alpha 0
 CMYK, YCbCr, LAB                 C=3 uint8, converted to RGB              never
 ================================ ======================================== =========================
 
@@ -82,6 +83,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _HEAD = 1024  # bytes looked at for magic; SVG may start with comments, ustar lies at 257
 _MOST_SEGMENTS = 10_000  # JPEG markers before the picture; a hostile file could have 10^8
+_MOST_BLOCKS = 100_000  # GIF blocks before the first frame; 25 MB of comments
 _STRIP = 1 << 20  # pixels converted at a time
 _VIEW_FROM = 64_000_000  # pixels from which a rotated JPEG is not copied
 
@@ -262,9 +264,25 @@ def _png_header(data: bytes) -> _Header | None:
     return _Header(height, width)
 
 
-def _gif_header(data: bytes) -> _Header:
-    width, height = struct.unpack_from("<HH", data, 6)
-    return _Header(height, width)
+def _gif_header(data: bytes) -> _Header | None:
+    """Walk to the first frame: it may exceed the screen, and Pillow fills it when opening."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    within = False  # an extension, whose blocks begin with their length and end with an empty one
+    for _ in range(_MOST_BLOCKS):
+        (byte,) = struct.unpack_from("B", data, at)
+        if within:
+            at, within = at + 1 + byte, byte > 0
+        elif byte == _GIF_FRAME:
+            left, top, across, down = struct.unpack_from("<HHHH", data, at + 1)
+            return _Header(max(height, top + down), max(width, left + across))
+        else:
+            within = byte == _GIF_EXTENSION
+            at += 2 if within else 1
+    return None
+
+
+_GIF_FRAME, _GIF_EXTENSION = 0x2C, 0x21
 
 
 def _bmp_header(data: bytes) -> _Header:
@@ -303,7 +321,7 @@ _HEADERS: dict[str, Callable[[bytes], _Header | None]] = {
     "GIF": _gif_header,
 }
 
-_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # TIFF tags
+_WIDTH, _HEIGHT, _ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 274, 322, 323  # TIFF tags
 _TAG_TYPES = {3: "H", 4: "I"}  # SHORT and LONG; nothing else holds a size or an orientation
 
 
@@ -359,6 +377,8 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     header = _header(data, kind)
     if header is not None:
         _check_size(header.height, header.width, limits)
+    elif kind == "GIF":
+        raise _verdict(data, kind, header, ["no frame among the first blocks"])
     refusals = []
     for decoder in _DECODERS[kind]:
         try:
@@ -410,7 +430,12 @@ def _by_simplejpeg(data: bytes, limits: DecodeLimits) -> Pixels:
     _check_size(height, width, limits)
     if colours not in _SIMPLE_COLOURS:
         raise ValueError(f"{colours} is left to Pillow")
-    values = simplejpeg.decode_jpeg(data, _SIMPLE_COLOURS[colours])
+    try:
+        values = simplejpeg.decode_jpeg(data, _SIMPLE_COLOURS[colours])
+    except ValueError as refusal:
+        if _RAN_OUT in str(refusal):
+            raise ImageRejected("decode", "corrupt", f"ValueError: {refusal}") from refusal
+        raise
     header = _jpeg_header(data)
     upright = _turned(values, header.orientation if header else 1)
     if height * width < _VIEW_FROM:
@@ -418,6 +443,7 @@ def _by_simplejpeg(data: bytes, limits: DecodeLimits) -> Pixels:
     return Pixels(upright, None)
 
 
+_RAN_OUT = "premature end of data segment"  # Pillow would answer with gray for what is missing
 _SIMPLE_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 
 
@@ -425,9 +451,12 @@ def _by_pillow(kind: str) -> Callable[[bytes, DecodeLimits], Pixels]:
     def decoder(data: bytes, limits: DecodeLimits) -> Pixels:
         with Image.open(BytesIO(data), formats=[kind]) as image:
             _check_size(image.height, image.width, limits)
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                tile = image.tag_v2.get(_TILE_HEIGHT, 1), image.tag_v2.get(_TILE_WIDTH, 1)
+                _check_size(*tile, limits)  # a small picture may lie in a huge tile
             meaning = _meaning(image)
             image.load()
-            if kind == "TIFF":
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
                 orientation = 1  # Pillow has applied it
             elif kind == "JPEG":
                 header = _jpeg_header(data)
@@ -456,7 +485,10 @@ def _by_tifffile(data: bytes, limits: DecodeLimits) -> Pixels:
     with tifffile.TiffFile(BytesIO(data)) as tiff:
         page = tiff.pages.first
         _check_size(page.imagelength, page.imagewidth, limits)
-        ends = (at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True))
+        _check_size(page.tilelength or 1, page.tilewidth or 1, limits)
+        ends = (
+            at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=False)
+        )
         if max(ends, default=0) > len(data):
             raise ImageRejected("decode", "truncated", "TIFF strips lie beyond the end")
         _check_layout(page)
@@ -581,8 +613,8 @@ def _scaled(samples_HWC: Array, *, with_alpha: bool) -> Pixels:
     elif samples_HWC.dtype.kind == "b":
         values_HWC = samples_HWC * np.uint8(255)
     elif samples_HWC.dtype.kind == "f":
-        missing_HWC = np.isnan(samples_HWC)
-        missing_HW: Array = missing_HWC.any(axis=2)
+        missing_HWC: Array = np.isnan(samples_HWC)
+        missing_HW = missing_HWC.any(axis=2)
         nodata_HW = missing_HW if nodata_HW is None else missing_HW | nodata_HW
         unit_HWC = np.clip(np.where(missing_HWC, 0, samples_HWC), 0, 1).astype(np.float64)
         values_HWC = np.rint(unit_HWC * 65535).astype(np.uint16)

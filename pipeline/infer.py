@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from models import Bundle, load_bundle_bytes
+from models import load_bundle_bytes
 from pipeline.batch import Batch, padded
 from pipeline.errors import RunRefused
 from pipeline.records import Array, Pixels
-from pipeline.tile import Picture, Rows, Tile, TileAnswer, grid_row_above
+from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
 PROBE_SIDE = 256
@@ -64,11 +64,7 @@ class Segmenter:
     # ------------------------------------------------------------------------------- predicting
 
     def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
-        """Answers to every tile, in the order of the batches.
-
-        Raises:
-            MemoryError: if a single tile does not fit; its batch mates have been answered.
-        """
+        """Answers to every tile, in the order of the batches; a tile that does not fit has a failure."""
         for batch in batches:
             most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
             for start in range(0, len(batch.tiles), most):
@@ -82,7 +78,8 @@ class Segmenter:
             if not _out_of_memory(error):
                 raise
             if len(tiles) == 1:
-                raise MemoryError(f"one tile of {height} x {width} pixels does not fit the memory") from error
+                yield TileAnswer(tiles[0], failure=f"one tile of {height} x {width} pixels does not fit the memory")
+                return
             half = len(tiles) // 2
             self._most_tiles[height, width] = half
             if self.device.type == "cuda":
@@ -105,7 +102,8 @@ class Segmenter:
                 answers.append(TileAnswer(tile, scores_KGg=valid_Khw.cpu().numpy()))
             else:
                 nodata = tile.picture.pixels.nodata_HW
-                rows = self._finish(valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, confidence)
+                wanted = confidence or tile.picture.large
+                rows = self._finish(valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, wanted)
                 answers.append(TileAnswer(tile, rows=rows))
         return answers
 
@@ -138,7 +136,7 @@ class Segmenter:
         scores = torch.from_numpy(scores_KGg)  # blended on the host, finished there
         nodata = None if pixels.nodata_HW is None else pixels.nodata_HW[y0:y1]
         size = (max(pixels.height, self.min_side), max(pixels.width, self.min_side))
-        return self._finish(scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence)
+        return self._finish(scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence or picture.large)
 
     def _finish(
         self,
@@ -165,7 +163,7 @@ class Segmenter:
         """Labels, counts and confidences of some rows."""
         classes = logits_KHW.shape[0]
         best_HW, index_HW = logits_KHW.max(0)
-        sure_HW = torch.exp(best_HW - torch.logsumexp(logits_KHW, 0))
+        sure_HW = (logits_KHW - best_HW).exp_().sum(0).reciprocal_()  # softmax of the winner
         index_HW = index_HW.to(self._kind)
         if blank_HW is not None:
             blank_HW = blank_HW.to(index_HW.device)
@@ -303,6 +301,3 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 64 * 1024**2)
     except (OSError, AttributeError):
         return
-
-
-__all__ = ["Bundle", "Segmenter", "grid_row_above", "keep_freed_memory", "upsampled"]

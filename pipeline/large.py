@@ -18,8 +18,6 @@ from pipeline.records import Array
 from pipeline.storage import Store
 from pipeline.tile import Picture, Rows
 
-RUN_UP = "../../.."  # from large/<id>/ to the run folder: the image itself lies elsewhere, its uri in the table
-
 
 @dataclass(slots=True)
 class LargeMask:

@@ -94,11 +94,22 @@ def measured(
     return MeasuredMask(*about, counts_K, confidences_K, seam_score, **place)
 
 
-def measure(strips: Iterable[Strip], sink_for: Callable[[Picture], MaskSink]) -> Iterator[MeasuredMask]:
+def measure(
+    strips: Iterable[Strip], sink_for: Callable[[Picture], MaskSink]
+) -> Iterator[MeasuredMask | RejectedImage]:
     """Masks, each as soon as its last strip is there."""
     sinks: dict[int, MaskSink] = {}
+    failed: set[int] = set()
     for strip in strips:
         image_id = strip.picture.plan.image_id
+        if image_id in failed:
+            continue
+        if strip.rows is None:
+            failed.add(image_id)
+            sinks.pop(image_id, None)
+            verdict = Verdict("predict", "too_large", strip.failure or "")
+            yield RejectedImage(strip.picture.plan, verdict, strip.picture.input_bytes, strip.picture.sha256)
+            continue
         if image_id not in sinks:
             sinks[image_id] = sink_for(strip.picture)
         sinks[image_id].add(strip.rows)

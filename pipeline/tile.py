@@ -106,6 +106,8 @@ class TileAnswer:
     tile: Tile
     rows: Rows | None = None
     scores_KGg: Array | None = None
+    failure: str | None = None
+    """Why there is neither."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,10 +115,12 @@ class Strip:
     """Finished rows of a picture, from top to bottom."""
 
     picture: Picture
-    rows: Rows
+    rows: Rows | None
     last: bool
     seam_score: float | None = None
     """With the last strip of a tiled picture: share of overlapping cells whose tiles disagreed."""
+    failure: str | None = None
+    """Why there are no rows; the picture has no mask then."""
 
 
 Finish = Callable[[Picture, Array, int, tuple[int, int], int, int], Rows]
@@ -140,8 +144,8 @@ def stitch(answers: Iterable[TileAnswer], grid: Grid, finish: Finish) -> Iterato
     open_canvases: dict[int, _Canvas] = {}
     for answer in answers:
         picture = answer.tile.picture
-        if answer.rows is not None:
-            yield Strip(picture, answer.rows, last=True)
+        if answer.rows is not None or answer.failure:
+            yield Strip(picture, answer.rows, last=True, failure=answer.failure)
             continue
         canvas = open_canvases.setdefault(picture.plan.image_id, _Canvas(picture, grid))
         canvas.add(answer)

@@ -1,0 +1,33 @@
+"""``maskfleet COMMAND …``: list the folder, hand over to the command."""
+
+import difflib
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+import jobs
+from pipeline.errors import EXIT_DONE, EXIT_REFUSED
+
+
+def names() -> list[str]:
+    """The commands: the files of this folder."""
+    return sorted(m.name for m in iter_modules(jobs.__path__) if not m.name.startswith("_"))
+
+
+def main() -> int:
+    """Run the command that the first argument names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        lines = (f"  {name:<10} {(import_module(f'jobs.{name}').__doc__ or '').splitlines()[0]}" for name in names())
+        sys.stdout.write("maskfleet COMMAND … (COMMAND --help says more)\n\n" + "\n".join(lines) + "\n")
+        return EXIT_DONE if arguments else EXIT_REFUSED
+    if arguments[0] not in names():
+        near = difflib.get_close_matches(arguments[0], names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.stderr.write(f"there is no command {arguments[0]!r}{hint} ({', '.join(names())})\n")
+        return EXIT_REFUSED
+    return import_module(f"jobs.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

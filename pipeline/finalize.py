@@ -1,0 +1,189 @@
+"""The end of a round: the headers of all fragments, compacted into the tables people query.
+
+``final/`` is derived: it can be made again from the commits at any time, byte for byte. The
+manifest is create-only and names the tables with their hashes; its presence says the round is done.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import RunUnfinished
+from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, Header
+from pipeline.ledger import Commit, Ledger, now
+
+REJECTED = pa.schema(
+    [IMAGES.field(name) for name in ("image_id", "key", "uri", "station", "reason")]
+    + [DETAIL]
+    + [IMAGES.field(name) for name in ("input_bytes", "etag", "sha256", "fragment")]
+)
+
+FRAGMENTS = pa.schema(
+    [
+        pa.field("fragment", pa.int32(), nullable=False),
+        pa.field("round", pa.int32(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("header_nbytes", pa.int64(), nullable=False),
+        pa.field("data_crc32c", pa.uint32(), nullable=False),
+        pa.field("n_done", pa.int32(), nullable=False),
+        pa.field("n_rejected", pa.int32(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+    ]
+)
+
+ROW_GROUP = 32_768  # STORE §4.1: sorted by image_id, small enough that a lookup reads little
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The live images of a run: the newest answer of every key that is still there."""
+
+    planned: int
+    done: int
+    rejected: dict[str, int]
+    """By reason."""
+    fragments: int
+    pixels: int
+
+    @property
+    def n_rejected(self) -> int:
+        """All reasons together."""
+        return sum(self.rejected.values())
+
+
+def superseded(ledger: Ledger, rounds: list[int]) -> set[int]:
+    """Images whose answer no longer counts: changed, tried again or gone since."""
+    ids: set[int] = set()
+    for number in rounds:
+        if number:
+            column = ledger.plan(number, ["replaces"])["replaces"]
+            ids.update(i for i in column.to_pylist() if i is not None)
+    return ids
+
+
+def finalize(ledger: Ledger) -> Counts:
+    """Write ``final/`` and the manifest of the newest round.
+
+    Raises:
+        RunUnfinished: if a fragment is missing.
+    """
+    rounds = ledger.rounds()
+    plans = {n: ledger.fragments(n) for n in rounds}
+    planned = [f for n in rounds for f in plans[n]["fragment"].to_pylist()]
+    commits = ledger.commits()
+    missing = [f for f in planned if f not in commits]
+    if missing:
+        raise RunUnfinished(f"{len(missing)} of {len(planned)} fragments are not committed; run the same command again")
+    replaced = superseded(ledger, rounds)
+    dropped = pa.array(sorted(replaced), pa.int64())
+    tables = _Tables()
+    for commit, header in ledger.headers([commits[f] for f in planned]):
+        tables.add(commit, header, dropped)
+    asked = sum(pc.sum(plans[n]["images"]).as_py() or 0 for n in rounds)
+    counts = tables.counts(asked - len(replaced))
+    entries = {}
+    for name, data, rows in tables.closed():
+        ledger.store.replace(f"final/{name}.parquet", data)
+        entries[name] = {
+            "path": f"final/{name}.parquet", "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+        }  # fmt: skip
+    _write_manifest(ledger, rounds[-1], counts, entries)
+    return counts
+
+
+def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[str, Any]) -> None:
+    manifest = {
+        "format_version": 1,
+        "run_id": ledger.run["run_id"],
+        "round": number,
+        "finished": now(),
+        "token": ledger.run["token"],
+        "model": {"version": ledger.model_version, "sha256": ledger.run["bundle"]["sha256"]},
+        "counts": {
+            "planned": counts.planned, "done": counts.done, "rejected": counts.n_rejected,
+            "rejected_by_reason": counts.rejected, "fragments": counts.fragments, "pixels": counts.pixels,
+        },
+        "tables": entries,
+    }  # fmt: skip
+    ledger.store.create(f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n")
+
+
+class _Tables:
+    """The four tables while they grow, already compressed: a million rows are some tens of MB."""
+
+    def __init__(self) -> None:
+        schemas = {"images": IMAGES, "class_stats": CLASS_STATS, "rejected": REJECTED, "fragments": FRAGMENTS}
+        self._sinks = {name: io.BytesIO() for name in schemas}
+        self._writers = {
+            name: pq.ParquetWriter(self._sinks[name], schema, compression="zstd", write_page_index=True)
+            for name, schema in schemas.items()
+        }
+        self._waiting: dict[str, list[pa.Table]] = {name: [] for name in schemas}
+        self._rows: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._done = self._pixels = 0
+
+    def add(self, commit: Commit, header: Header, dropped: pa.Array) -> None:
+        """One fragment's rows, less the superseded ones."""
+        keep = pc.invert(pc.is_in(header.images["image_id"], dropped))
+        images = header.images.filter(keep)
+        stats = header.class_stats.filter(pc.invert(pc.is_in(header.class_stats["image_id"], dropped)))
+        rejected = images.filter(pc.equal(images["status"], "rejected"))
+        done = images.filter(pc.equal(images["status"], "done"))
+        self._done += done.num_rows
+        self._pixels += pc.sum(pc.multiply(done["height"].cast("int64"), done["width"])).as_py() or 0
+        self._reasons.update(rejected["reason"].to_pylist())
+        place = images.column_names.index("byte_offset")
+        absolute = pc.add(images["byte_offset"], header.nbytes)  # in a header they count from the first frame
+        self._write("images", images.set_column(place, "byte_offset", absolute).select(IMAGES.names).cast(IMAGES))
+        self._write("class_stats", stats.cast(CLASS_STATS))
+        self._write("rejected", rejected.select(REJECTED.names).cast(REJECTED))
+        self._write("fragments", _fragment_row(commit, header))
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        self._rows[name] += table.num_rows
+        self._waiting[name].append(table)
+        if sum(t.num_rows for t in self._waiting[name]) >= ROW_GROUP:
+            self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        if self._waiting[name]:
+            self._writers[name].write_table(pa.concat_tables(self._waiting[name]).combine_chunks(), row_group_size=ROW_GROUP)
+            self._waiting[name] = []
+
+    def counts(self, planned: int) -> Counts:
+        """What was added."""
+        return Counts(planned, self._done, dict(sorted(self._reasons.items())), self._rows["fragments"], self._pixels)
+
+    def closed(self) -> list[tuple[str, bytes, int]]:
+        """Name, bytes and rows of each table."""
+        for name, writer in self._writers.items():
+            self._flush(name)
+            writer.close()
+        return [(name, sink.getvalue(), self._rows[name]) for name, sink in self._sinks.items()]
+
+
+def _fragment_row(commit: Commit, header: Header) -> pa.Table:
+    about = header.about
+    row = {
+        "fragment": commit.fragment,
+        "round": about["round"],
+        "path": commit.path,
+        "token": about["token"],
+        "nbytes": commit.found.nbytes,
+        "header_nbytes": header.nbytes,
+        "data_crc32c": about["data_crc32c"],
+        "n_done": about["n_done"],
+        "n_rejected": about["n_rejected"],
+        "etag": commit.found.etag,
+    }
+    return pa.Table.from_pylist([row], FRAGMENTS)

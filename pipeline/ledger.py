@@ -1,0 +1,286 @@
+"""What a run folder says: whose it is, what is planned, what is committed. Nothing else remembers.
+
+Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``, ``masks.zarr/mask/c/<f>``,
+``manifest/NNN.json``. A resume is a listing of the commits, subtracted from the plan.
+"""
+
+import contextlib
+import json
+import platform
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import SegmentConfig, fingerprint
+from pipeline.errors import RunRefused, StorageMissing
+from pipeline.formats.parquet import Ranged
+from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
+from pipeline.layout import ARRAY, COMMITS, MASKS, Layout, class_attributes, group_json
+from pipeline.plan import FRAGMENTS, fragments_table, path_of_round
+from pipeline.storage import Found, Store
+from pipeline.tile import Grid
+
+FORMAT_VERSION = 1
+RUN = "run.json"
+CARD, WEIGHTS = "bundle/model.json", "bundle/weights.safetensors"
+HEADER_GUESS = 256 * 1024  # one request gets the header of 1024 images (130 kB, STORE §1.3)
+AT_ONCE = 16  # headers read at the same time
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A committed fragment in a listing."""
+
+    fragment: int
+    path: str
+    found: Found
+
+
+class Ledger:
+    """An existing run folder."""
+
+    def __init__(self, store: Store, run: Json) -> None:
+        self.store = store
+        self.run = run
+
+    # ------------------------------------------------------------------------------- whose it is
+
+    @classmethod
+    def open(cls, store: Store) -> "Ledger":
+        """The run at a store.
+
+        Raises:
+            RunRefused: if there is none, or one that this version cannot read.
+        """
+        ledger = cls.find(store)
+        if ledger is None:
+            raise RunRefused(f"{store.uri} holds no run (no {RUN}); check the path or start one with `maskfleet segment`")
+        return ledger
+
+    @classmethod
+    def find(cls, store: Store) -> "Ledger | None":
+        """The run at a store, or None where there is none yet.
+
+        Raises:
+            RunRefused: if run.json is damaged or of another format version.
+        """
+        try:
+            text = store.read(RUN)
+        except StorageMissing:
+            return None
+        try:
+            run = json.loads(text)
+            found = run["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunRefused(f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder") from error
+        if found != FORMAT_VERSION:
+            raise RunRefused(
+                f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; use the version that wrote it"
+            )
+        return cls(store, run)
+
+    @classmethod
+    def create(cls, store: Store, config: SegmentConfig, bundle: tuple[bytes, bytes], about: Json, frozen: Json) -> "Ledger":
+        """Claim a run folder; if another driver was first, its run is returned."""
+        run = {
+            "format_version": FORMAT_VERSION,
+            "run_id": uuid.uuid4().hex[:12],
+            "token": uuid.uuid4().hex,
+            "created": now(),
+            "config": config.identity(),
+            "fingerprint": fingerprint(config.identity()),
+            "bundle": about,
+            "frozen": frozen,
+            "versions": versions(),
+        }
+        ledger = cls(store, run)
+        if not store.create(RUN, json.dumps(run, indent=1).encode() + b"\n"):
+            return cls.open(store)
+        ledger.ensure_bundle(bundle)
+        return ledger
+
+    def ensure_bundle(self, bundle: tuple[bytes, bytes]) -> None:
+        """Copy the model into the run, if a killed driver has not."""
+        for path, data in zip((WEIGHTS, CARD), (bundle[1], bundle[0]), strict=True):
+            if self.store.stat(path) is None:
+                self.store.create(path, data)
+
+    def refuse_other(self, config: SegmentConfig, bundle_sha256: str) -> None:
+        """Refuse to continue with another config or model.
+
+        Raises:
+            RunRefused: naming what differs.
+        """
+        if bundle_sha256 != self.run["bundle"]["sha256"]:
+            raise RunRefused(
+                f"{self.store.uri} was made with model {self.model_version}, this is {bundle_sha256[:12]}; "
+                "a new model means a new run: choose another --out"
+            )
+        differ = [f"{k} is {a!r} there, {b!r} here" for k, a, b in _differences(self.run["config"], config.identity())]
+        if differ:
+            raise RunRefused(
+                f"{self.store.uri} belongs to another config ({'; '.join(differ)}); choose another --out, or drop the change"
+            )
+
+    @cached_property
+    def config(self) -> SegmentConfig:
+        """The config the run was created with (what may differ between calls is at its default)."""
+        return SegmentConfig.model_validate({**self.run["config"], "out": self.store.uri})
+
+    @property
+    def layout(self) -> Layout:
+        """Where masks lie."""
+        return Layout(**self.run["frozen"]["layout"])
+
+    @property
+    def grid(self) -> Grid:
+        """How pictures are cut."""
+        return Grid(**self.run["frozen"]["grid"])
+
+    @property
+    def budget(self) -> int:
+        """Padded pixels of a batch."""
+        return self.run["frozen"]["budget"]
+
+    @property
+    def classes(self) -> list[Json]:
+        """The ontology: id, name and color of every class, in the order of the scores."""
+        return self.run["bundle"]["classes"]
+
+    @property
+    def model_version(self) -> str:
+        """Name and short hash of the model, as it stands in the tables."""
+        return f"{self.run['bundle']['architecture']}@{self.run['bundle']['sha256'][:12]}"
+
+    def bundle_files(self) -> tuple[bytes, bytes]:
+        """model.json and weights.safetensors as copied into the run."""
+        return self.store.read(CARD), self.store.read(WEIGHTS)
+
+    # ---------------------------------------------------------------------------- what is planned
+
+    def rounds(self) -> list[int]:
+        """Numbers of the planned rounds."""
+        found = (f.path.removeprefix("plan/") for f in self._listed("plan"))
+        return sorted(int(n[:-8]) for n in found if n.endswith(".parquet") and n[:-8].isdigit())
+
+    def _listed(self, prefix: str) -> Iterator[Found]:
+        with contextlib.suppress(StorageMissing):  # a folder that is not there yet
+            yield from self.store.list(prefix)
+
+    @contextlib.contextmanager
+    def plan_file(self, path: str) -> Iterator[Ranged]:
+        """A Parquet object of the run, to be read in parts."""
+        about = self.store.stat(path)
+        if about is None:
+            raise StorageMissing(f"{self.store.uri}/{path} is gone")
+        yield Ranged(self.store, path, about.nbytes, None)
+
+    def plan(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """A whole round's plan (some columns of it)."""
+        with self.plan_file(path_of_round(number)) as file:
+            return pq.read_table(pa.PythonFile(file, "r"), columns=columns)
+
+    def fragments(self, number: int) -> pa.Table:
+        """The fragments of a round; derived from its plan where the table beside it is missing."""
+        path = f"plan/{number:03d}.fragments.parquet"
+        if self.store.stat(path) is None:
+            table = fragments_table(self.plan(number, ["fragment", "nbytes", "image_id"]))
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            self.store.replace(path, sink.getvalue().to_pybytes())
+        with self.plan_file(path) as file:
+            return pq.read_table(pa.PythonFile(file, "r"), schema=FRAGMENTS)
+
+    def add_round(self, number: int, data: bytes) -> None:
+        """Write a round's plan, unless another driver has; then grow the array to hold it."""
+        self.store.create(path_of_round(number), data)
+        fragments = self.fragments(number)
+        last = max(fragments["fragment"].to_pylist(), default=-1)
+        attributes = class_attributes(self.classes, self.layout.fill)
+        if number == 0:
+            self.store.replace(f"{MASKS}/zarr.json", group_json(attributes))
+        if last >= 0:
+            self.store.replace(f"{ARRAY}/zarr.json", self.layout.array_json(last + 1, attributes))
+
+    # -------------------------------------------------------------------------- what is committed
+
+    def commits(self) -> dict[int, Commit]:
+        """Every committed fragment: one listing."""
+        found = ((self.layout.fragment_at(f.path), f) for f in self._listed(COMMITS))
+        return {number: Commit(number, f.path, f) for number, f in found if number is not None}
+
+    def is_committed(self, fragment: int) -> bool:
+        """Whether a fragment's object is there."""
+        return self.store.stat(self.layout.commit_path(fragment)) is not None
+
+    def commit(self, fragment: int, data: bytes) -> bool:
+        """Put a fragment's object; False if another's is there already."""
+        return self.store.create(self.layout.commit_path(fragment), data)
+
+    def header(self, commit: Commit) -> Header:
+        """What a committed object says of itself.
+
+        Raises:
+            FragmentDamaged: naming the object.
+        """
+        try:
+            start = self.store.read(commit.path, 0, HEADER_GUESS)
+            if (need := header_nbytes(start)) > len(start):
+                start = self.store.read(commit.path, 0, need)
+            return read_header(start)
+        except FragmentDamaged as error:
+            raise FragmentDamaged(f"{self.store.uri}/{commit.path}: {error}") from error
+
+    def headers(self, commits: list[Commit]) -> Iterator[tuple[Commit, Header]]:
+        """Headers in the given order, several requests in flight, few in memory."""
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="header") as pool:
+            for start in range(0, len(commits), AT_ONCE * 4):
+                part = commits[start : start + AT_ONCE * 4]
+                yield from zip(part, pool.map(self.header, part), strict=True)
+
+    # ------------------------------------------------------------------------------- what is final
+
+    def manifests(self) -> list[int]:
+        """Numbers of the finished rounds."""
+        found = (f.path.removeprefix("manifest/") for f in self._listed("manifest"))
+        return sorted(int(n[:-5]) for n in found if n.endswith(".json") and n[:-5].isdigit())
+
+    def manifest(self, number: int) -> Json:
+        """One manifest."""
+        return json.loads(self.store.read(f"manifest/{number:03d}.json"))
+
+
+def _differences(there: Json, here: Json, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    for key in sorted(there.keys() | here.keys()):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
+
+
+def frozen(layout: Layout, grid: Grid, budget: int, device: str) -> Json:
+    """What is found out once, when a run is created, and then holds for all its rounds."""
+    inference = {"device": device, "threads": 1, "dtype": "float32", "form": "plain"}
+    return {"budget": budget, "layout": asdict(layout), "grid": asdict(grid), "inference": inference}
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601: for people; nothing is ordered by it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """What the answers may depend on."""
+    names = ("maskfleet", "torch", "numpy", "pillow", "simplejpeg", "zarr", "pyarrow", "ray")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

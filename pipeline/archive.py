@@ -24,8 +24,10 @@ from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, RunRefused, RunUnfinishe
 from pipeline.finalize import Counts, finalize
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
+from pipeline.overview import overview
 from pipeline.plan import Known, Listing, Round, Start, head, plan_round, read_fragment, to_parquet
 from pipeline.progress import Tally, facts, say, watched
+from pipeline.reader import Run
 from pipeline.records import PlannedImage
 from pipeline.run import Line, Receipt, Task, run_here
 from pipeline.storage import Store, check_create_only, open_store
@@ -133,6 +135,8 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
         counts = _finish_rounds(ledger, config, place, stop, tally)
     receipt = _receipt(ledger, counts, tally, listing)
     ledger.store.replace("receipt.json", json.dumps(receipt, indent=1).encode() + b"\n")
+    if tally.answered and (sheet := overview(Run(ledger))) is not None:
+        ledger.store.replace("overview.png", sheet)
     return Outcome(EXIT_REJECTIONS if counts.n_rejected else EXIT_DONE, counts, receipt)
 
 

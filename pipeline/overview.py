@@ -1,0 +1,99 @@
+"""overview.png: pictures, masks and overlays of a finished run, side by side, for the eye."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.errors import ImageRejected, StorageError
+from pipeline.keys import printable
+from pipeline.reader import Run
+from pipeline.records import Array
+
+SHOWN = 8  # rows: one screen
+SIDE = 256  # pixels of a cell
+GAP, CAPTION, LEGEND = 12, 34, 30
+MOST_PIXELS = 16_000_000  # larger pictures are left out: fetching one again could cost more than the sheet
+INK, PAPER, NOTHING = (30, 30, 30), (255, 255, 255), (200, 200, 200)
+
+
+def overview(run: Run) -> bytes | None:
+    """A PNG of up to eight images spread over the run; None if none can be shown."""
+    rows = []
+    for key in _chosen(run):
+        try:
+            rows.append((key, _rgb(run.picture(key)), run.mask(key)))
+        except (ImageRejected, StorageError):  # gone since: another one is shown in its place
+            continue
+        if len(rows) == SHOWN:
+            break
+    if not rows:
+        return None
+    sheet = Image.new("RGB", (3 * SIDE + 4 * GAP, LEGEND + len(rows) * (SIDE + CAPTION + GAP) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    _legend(pen, font, run.classes)
+    for number, (key, picture, mask) in enumerate(rows):
+        top = LEGEND + GAP + number * (SIDE + CAPTION + GAP)
+        colours = painted(mask, run.classes)
+        overlay = (picture * 0.55 + colours * 0.45).astype(np.uint8)
+        for column, cell in enumerate((picture, colours, overlay)):
+            small = _fitted(cell, Image.Resampling.NEAREST if column == 1 else Image.Resampling.BOX)
+            left = GAP + column * (SIDE + GAP)
+            sheet.paste(small, (left + (SIDE - small.width) // 2, top + CAPTION + (SIDE - small.height) // 2))
+        pen.text((GAP, top), printable(key, 60), INK, font)
+        pen.text((GAP, top + 16), _shares(mask, run.classes), INK, font)
+    sink = io.BytesIO()
+    sheet.save(sink, "PNG", optimize=True)
+    return sink.getvalue()
+
+
+def _chosen(run: Run) -> list[str]:
+    """Keys spread evenly, with spares behind them."""
+    rows = run.images.select(["key", "status", "height", "width"]).to_pylist()
+    keys = [r["key"] for r in rows if r["status"] == "done" and r["height"] * r["width"] <= MOST_PIXELS]
+    spread = [keys[i * len(keys) // SHOWN] for i in range(SHOWN)] if len(keys) > SHOWN else keys
+    return list(dict.fromkeys([*spread, *keys[: 2 * SHOWN]]))
+
+
+def painted(mask: Array, classes: list[dict[str, Any]]) -> Array:
+    """A mask in the ontology's colours, [H, W, 3] uint8; no data is light gray."""
+    table = np.full((int(np.iinfo(mask.dtype).max) + 1, 3), NOTHING, np.uint8)
+    for entry in classes:
+        table[entry["id"]] = entry["color"]
+    return table[mask]
+
+
+def _rgb(values_HWC: Array) -> Array:
+    """8-bit RGB to look at; 16-bit pictures are stretched to their own range for the eye only."""
+    if values_HWC.dtype != np.uint8:
+        lo, hi = int(values_HWC.min()), int(values_HWC.max())
+        values_HWC = ((values_HWC.astype(np.float32) - lo) * (255 / max(1, hi - lo))).astype(np.uint8)
+    return np.repeat(values_HWC, 3, axis=2) if values_HWC.shape[2] == 1 else values_HWC
+
+
+def _fitted(cell: Array, how: Image.Resampling) -> Image.Image:
+    image = Image.fromarray(cell)
+    scale = SIDE / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
+
+
+def _shares(mask: Array, classes: list[dict[str, Any]]) -> str:
+    counts = np.bincount(mask.ravel(), minlength=int(np.iinfo(mask.dtype).max) + 1)
+    data = max(1, int(sum(counts[entry["id"]] for entry in classes)))
+    first = sorted(classes, key=lambda entry: -counts[entry["id"]])[:3]
+    text = "  ".join(f"{entry['name']} {100 * counts[entry['id']] / data:.1f} %" for entry in first if counts[entry["id"]])
+    return f"{mask.shape[1]} x {mask.shape[0]}   {printable(text, 90)}"
+
+
+def _legend(pen: ImageDraw.ImageDraw, font: Any, classes: list[dict[str, Any]]) -> None:  # noqa: ANN401
+    left = GAP
+    for entry in classes:
+        name = printable(entry["name"], 20)
+        wide = int(pen.textlength(name, font)) + 34
+        if left + wide > 3 * SIDE + 4 * GAP:
+            return
+        pen.rectangle((left, GAP, left + 14, GAP + 14), tuple(entry["color"]), INK)
+        pen.text((left + 20, GAP - 2), name, INK, font)
+        left += wide

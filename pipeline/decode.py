@@ -602,7 +602,7 @@ def _rgb_of_lab(strip: Image.Image) -> Image.Image:
 
 def _scaled(samples_HWC: Array, *, with_alpha: bool) -> Pixels:
     """Bring samples of any type to the uint8 or uint16 of the table above."""
-    nodata_HW = None
+    nodata_HW: Array | None = None
     deep_colour = samples_HWC.dtype.kind == "u" and samples_HWC.dtype.itemsize == 2  # 16 bits
     deep_colour = deep_colour and samples_HWC.shape[2] > 1
     if with_alpha:
@@ -613,8 +613,8 @@ def _scaled(samples_HWC: Array, *, with_alpha: bool) -> Pixels:
     elif samples_HWC.dtype.kind == "b":
         values_HWC = samples_HWC * np.uint8(255)
     elif samples_HWC.dtype.kind == "f":
-        missing_HWC: Array = np.isnan(samples_HWC)
-        missing_HW = missing_HWC.any(axis=2)
+        missing_HWC = np.isnan(samples_HWC)
+        missing_HW = np.logical_or.reduce(missing_HWC, axis=2)
         nodata_HW = missing_HW if nodata_HW is None else missing_HW | nodata_HW
         unit_HWC = np.clip(np.where(missing_HWC, 0, samples_HWC), 0, 1).astype(np.float64)
         values_HWC = np.rint(unit_HWC * 65535).astype(np.uint16)

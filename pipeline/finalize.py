@@ -70,15 +70,35 @@ def superseded(ledger: Ledger, rounds: list[int]) -> set[int]:
     return ids
 
 
+FINAL = ("images", "class_stats", "rejected", "fragments")
+"""The tables below ``final/``."""
+
+
 def finalize(ledger: Ledger) -> Counts:
     """Write ``final/`` and the manifest of the newest round.
 
     Raises:
         RunUnfinished: if a fragment is missing.
     """
+    made, counts = final_tables(ledger)
+    entries = {}
+    for name, (data, rows) in made.items():
+        ledger.store.replace(f"final/{name}.parquet", data)
+        digest = hashlib.sha256(data).hexdigest()
+        entries[name] = {"path": f"final/{name}.parquet", "rows": rows, "bytes": len(data), "sha256": digest}
+    _write_manifest(ledger, ledger.rounds()[-1], counts, entries)
+    return counts
+
+
+def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
+    """The final tables as Parquet bytes with their rows, from plan and commits alone.
+
+    Raises:
+        RunUnfinished: if a fragment is missing.
+    """
     rounds = ledger.rounds()
-    plans = {n: ledger.fragments(n) for n in rounds}
-    planned = [f for n in rounds for f in plans[n]["fragment"].to_pylist()]
+    plans = [ledger.fragments(n) for n in rounds]
+    planned = [f for plan in plans for f in plan["fragment"].to_pylist()]
     commits = ledger.commits()
     missing = [f for f in planned if f not in commits]
     if missing:
@@ -88,16 +108,9 @@ def finalize(ledger: Ledger) -> Counts:
     tables = _Tables()
     for commit, header in ledger.headers([commits[f] for f in planned]):
         tables.add(commit, header, dropped)
-    asked = sum(pc.sum(plans[n]["images"]).as_py() or 0 for n in rounds)
+    asked = sum(pc.sum(plan["images"]).as_py() or 0 for plan in plans)
     counts = tables.counts(asked - len(replaced))
-    entries = {}
-    for name, data, rows in tables.closed():
-        ledger.store.replace(f"final/{name}.parquet", data)
-        entries[name] = {
-            "path": f"final/{name}.parquet", "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        }  # fmt: skip
-    _write_manifest(ledger, rounds[-1], counts, entries)
-    return counts
+    return tables.closed(), counts
 
 
 def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[str, Any]) -> None:
@@ -164,12 +177,12 @@ class _Tables:
         """What was added."""
         return Counts(planned, self._done, dict(sorted(self._reasons.items())), self._rows["fragments"], self._pixels)
 
-    def closed(self) -> list[tuple[str, bytes, int]]:
-        """Name, bytes and rows of each table."""
+    def closed(self) -> dict[str, tuple[bytes, int]]:
+        """Bytes and rows of each table."""
         for name, writer in self._writers.items():
             self._flush(name)
             writer.close()
-        return [(name, sink.getvalue(), self._rows[name]) for name, sink in self._sinks.items()]
+        return {name: (sink.getvalue(), self._rows[name]) for name, sink in self._sinks.items()}
 
 
 def _fragment_row(commit: Commit, header: Header) -> pa.Table:

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.fragment import CLASS_STATS, IMAGES, assemble, compress, decompress, read_header, read_index
+from pipeline.fragment import (
+    CLASS_STATS,
+    EMPTY,
+    IMAGES,
+    FragmentDamaged,
+    assemble,
+    check_data,
+    compress,
+    decompress,
+    read_header,
+    read_index,
+)
 from pipeline.layout import INNER, LEVELS, REGION, large_array_json, large_group_json, large_path
 from pipeline.measure import MeasuredMask, measured
 from pipeline.records import Array
@@ -80,7 +91,7 @@ class LargeMask:
         key = f"c/{self.band}/{column}"
         mine = self.store.create(f"{path}/0/{key}", region_bytes(labels, REGION, self.fill, about))
         if not mine:
-            labels, about = self._committed(f"{path}/0/{key}", labels.shape)
+            labels, about = committed_region(self.store, f"{path}/0/{key}", labels.shape, self.dtype, self.fill)
         for level in range(1, LEVELS):
             step = 2**level
             part = region_bytes(labels[::step, ::step], REGION // step, self.fill, {})
@@ -89,20 +100,6 @@ class LargeMask:
             self.store.replace(f"{path}/confidence/{key}", region_bytes(sure, REGION, 0, {}))
         self.counts_K += np.array(about["counts"])
         self.confidences_K += np.array(about["confidences"])
-
-    def _committed(self, path: str, shape: tuple[int, ...]) -> tuple[Array, dict[str, Any]]:
-        """Pixels and header of the region that was there first."""
-        data = self.store.read(path)
-        side = REGION // INNER
-        index = read_index(data, side * side)
-        pixels = np.full((REGION, REGION), self.fill, self.dtype)
-        for slot, (offset, nbytes) in enumerate(index.tolist()):
-            if nbytes < 2**63:
-                y, x = slot // side * INNER, slot % side * INNER
-                frame = decompress(data[offset : offset + nbytes], self.dtype)
-                pixels[y : y + INNER, x : x + INNER] = frame.reshape(INNER, INNER)
-        return pixels[: shape[0], : shape[1]], read_header(data).about
-
 
 _nothing = (np.zeros(0), np.zeros(0))  # counts of kept rows are taken when their region is written
 
@@ -121,3 +118,27 @@ def region_bytes(labels: Array, side: int, fill: int, about: dict[str, Any]) -> 
             slots.append(y // inner * across + x // inner)
     tables = IMAGES.empty_table(), CLASS_STATS.empty_table()
     return assemble(about, *tables, frames, slots, across * across)
+
+
+def committed_region(
+    store: Store, path: str, shape: tuple[int, ...], dtype: str, fill: int
+) -> tuple[Array, dict[str, Any]]:
+    """Pixels and header facts of a committed level-0 region, checked.
+
+    Raises:
+        FragmentDamaged: naming the object.
+    """
+    data = store.read(path)
+    try:
+        header = read_header(data)
+        check_data(data, header)
+    except FragmentDamaged as error:
+        raise FragmentDamaged(f"{path}: {error}") from error
+    side = REGION // INNER
+    pixels = np.full((REGION, REGION), fill, dtype)
+    for slot, (offset, nbytes) in enumerate(read_index(data, side * side).tolist()):
+        if nbytes != EMPTY:
+            y, x = slot // side * INNER, slot % side * INNER
+            block = decompress(memoryview(data)[offset : offset + nbytes], dtype)
+            pixels[y : y + INNER, x : x + INNER] = block.reshape(INNER, INNER)
+    return pixels[: shape[0], : shape[1]], header.about

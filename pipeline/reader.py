@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ImageRejected, RunRefused
 from pipeline.finalize import REJECTED
-from pipeline.fragment import CLASS_STATS, IMAGES, decompress
-from pipeline.layout import INNER, REGION
-from pipeline.fragment import read_index
+from pipeline.fragment import CLASS_STATS, IMAGES, decompress, read_index
+from pipeline.large import committed_region
+from pipeline.layout import REGION
 from pipeline.ledger import Ledger
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import open_store
@@ -152,16 +152,10 @@ class Run:
 
     def _large(self, path: str, shape: tuple[int, int], dtype: str) -> Array:
         out = np.empty(shape, dtype)
-        side = REGION // INNER
         for y in range(0, shape[0], REGION):
             for x in range(0, shape[1], REGION):
-                data = self._store.read(f"{path}/c/{y // REGION}/{x // REGION}")
-                for slot, (start, nbytes) in enumerate(read_index(data, side * side).tolist()):
-                    top, left = y + slot // side * INNER, x + slot % side * INNER
-                    if nbytes < 2**63:
-                        part = out[top : top + INNER, left : left + INNER]
-                        block = decompress(data[start : start + nbytes], dtype).reshape(INNER, INNER)
-                        part[:] = block[: part.shape[0], : part.shape[1]]
+                part = out[y : y + REGION, x : x + REGION]
+                part[:], _ = committed_region(self._store, f"{path}/c/{y // REGION}/{x // REGION}", part.shape, dtype, 0)
         return out
 
     def picture(self, key: str) -> Array:

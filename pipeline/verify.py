@@ -1,0 +1,232 @@
+"""Check a run again, byte by byte, from run folder and plan alone: every object, hash, count, statistic.
+
+Each finding is a sentence that names the object. Nothing is repaired here: a damaged fragment is
+mended by deleting its object and running the same `segment` command again.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import REASONS, StorageMissing
+from pipeline.finalize import FINAL, final_tables
+from pipeline.fragment import FragmentDamaged, Header, check_data, decompress, read_header, read_index
+from pipeline.large import committed_region
+from pipeline.layout import LEVELS, REGION
+from pipeline.ledger import CARD, WEIGHTS, Commit, Ledger
+from pipeline.plan import SCHEMA, fragments_table
+from pipeline.records import Array
+
+AT_ONCE = 4  # whole objects in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What verify has to say."""
+
+    problems: list[str]
+    """Wrong: something that the run says is not so."""
+    pending: int
+    """Planned fragments that are not committed (not a fault)."""
+    objects: int
+    images: int
+    pixels: int
+
+
+def verify(ledger: Ledger) -> Findings:
+    """Read everything and say what is wrong."""
+    problems = list(_bundle(ledger))
+    plans = {n: ledger.plan(n) for n in ledger.rounds()}
+    problems += list(_plans(ledger, plans))
+    planned = _by_fragment(plans)
+    commits = ledger.commits()
+    problems += [f"{c.path}: committed, but no plan asks for it" for f, c in commits.items() if f not in planned]
+    known = [commits[f] for f in sorted(commits) if f in planned]
+    images = pixels = 0
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="verify") as pool:
+        for start in range(0, len(known), AT_ONCE):
+            part = known[start : start + AT_ONCE]
+            for found, count, area in pool.map(lambda c: _fragment(ledger, c, planned[c.fragment]), part):
+                problems += found
+                images += count
+                pixels += area
+    pending = len(planned) - len(known)
+    if not pending and not problems:
+        problems += list(_final(ledger))
+    return Findings(problems, pending, len(known), images, pixels)
+
+
+def _bundle(ledger: Ledger) -> Iterator[str]:
+    try:
+        card, weights = ledger.bundle_files()
+    except StorageMissing as error:
+        yield f"bundle/: {error}"
+        return
+    if hashlib.sha256(card).hexdigest() != ledger.run["bundle"]["sha256"]:
+        yield f"{CARD}: its SHA-256 is not the one in run.json"
+    if hashlib.sha256(weights).hexdigest() not in card.decode("utf-8", "replace"):
+        yield f"{WEIGHTS}: its SHA-256 is not the one in {CARD}"
+
+
+def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
+    next_id = next_fragment = 0
+    if list(plans) != list(range(len(plans))):
+        yield f"plan/: rounds {list(plans)} have a gap"
+    for number, plan in plans.items():
+        if plan.schema.names != SCHEMA.names:
+            yield f"plan/{number:03d}.parquet: unexpected columns {plan.schema.names}"
+            continue
+        asked = plan.filter(pa.compute.greater_equal(plan["fragment"], 0))
+        ids, fragments = asked["image_id"].to_numpy(), asked["fragment"].to_numpy()
+        if not np.array_equal(ids, np.arange(next_id, next_id + len(ids))):
+            yield f"plan/{number:03d}.parquet: image_id does not go on from {next_id} without gaps"
+        if len(fragments) and (fragments[0] != next_fragment or np.any((np.diff(fragments) < 0) | (np.diff(fragments) > 1))):
+            yield f"plan/{number:03d}.parquet: fragments do not go on from {next_fragment} without gaps"
+        if not ledger.fragments(number).equals(fragments_table(plan)):
+            yield f"plan/{number:03d}.fragments.parquet: does not say what the plan says"
+        next_id += len(ids)
+        next_fragment = int(fragments[-1]) + 1 if len(fragments) else next_fragment
+
+
+def _by_fragment(plans: dict[int, pa.Table]) -> dict[int, list[tuple[int, str]]]:
+    planned: dict[int, list[tuple[int, str]]] = {}
+    for plan in plans.values():
+        columns = (plan[name].to_pylist() for name in ("fragment", "image_id", "key"))
+        for fragment, image_id, key in zip(*columns, strict=True):
+            if fragment >= 0:
+                planned.setdefault(fragment, []).append((image_id, key))
+    return planned
+
+
+def _fragment(ledger: Ledger, commit: Commit, planned: list[tuple[int, str]]) -> tuple[list[str], int, int]:
+    """Problems of one fragment, its images and its pixels."""
+    try:
+        data = ledger.store.read(commit.path)
+        header = read_header(data)
+        check_data(data, header)
+        index = read_index(data, ledger.layout.index_entries)
+    except (FragmentDamaged, StorageMissing) as error:
+        return [f"{commit.path}: {error}; delete it and run segment again"], 0, 0
+    problems = list(_tables(ledger, commit, header, planned))
+    stats: dict[int, dict[int, dict[str, Any]]] = {}
+    for row in header.class_stats.to_pylist():
+        stats.setdefault(row["image_id"], {})[row["class_id"]] = row
+    pixels = 0
+    for row in header.images.to_pylist():
+        where = f"{commit.path}: image {row['image_id']} ({row['key']})"
+        if row["status"] == "done":
+            problems += [f"{where}: {text}" for text in _image(ledger, data, header, index, row, stats.get(row["image_id"], {}))]
+            pixels += row["height"] * row["width"]
+        elif row["image_id"] in stats:
+            problems.append(f"{where}: rejected, yet it has statistics")
+    return problems, header.images.num_rows, pixels
+
+
+def _tables(ledger: Ledger, commit: Commit, header: Header, planned: list[tuple[int, str]]) -> Iterator[str]:
+    said = list(zip(header.images["image_id"].to_pylist(), header.images["key"].to_pylist(), strict=True))
+    if said != planned:
+        yield f"{commit.path}: holds {len(said)} images, other ones than the {len(planned)} of the plan"
+    if header.about.get("fragment") != commit.fragment:
+        yield f"{commit.path}: says it is fragment {header.about.get('fragment')}"
+    states = header.images["status"].to_pylist()
+    if (states.count("done"), states.count("rejected")) != (header.about["n_done"], header.about["n_rejected"]):
+        yield f"{commit.path}: its counts are not those of its rows"
+    for row in header.images.select(["key", "status", "reason", "model_version"]).to_pylist():
+        if row["status"] not in {"done", "rejected"} or (row["status"] == "rejected") != (row["reason"] in REASONS):
+            yield f"{commit.path}: {row['key']}: status {row['status']} with reason {row['reason']}"
+        if row["model_version"] != ledger.model_version:
+            yield f"{commit.path}: {row['key']}: made by {row['model_version']}"
+
+
+def _image(
+    ledger: Ledger, data: bytes, header: Header, index: Array, row: dict[str, Any], stats: dict[int, dict[str, Any]]
+) -> Iterator[str]:
+    try:
+        if row["path"]:
+            counts = yield from _large_counts(ledger, row)
+        else:
+            counts = yield from _slot_counts(ledger, data, header, index, row)
+    except (FragmentDamaged, StorageMissing) as error:
+        yield str(error)
+        return
+    layout, ids = ledger.layout, [entry["id"] for entry in ledger.classes]
+    strangers = [value for value in np.flatnonzero(counts).tolist() if value not in {*ids, layout.fill}]
+    if strangers:
+        yield f"values {strangers} are no classes"
+    if row["nodata_pixels"] != counts[layout.fill]:
+        yield f"nodata_pixels is {row['nodata_pixels']}, the mask has {counts[layout.fill]}"
+    said = {class_id: stat["pixel_count"] for class_id, stat in stats.items()}
+    real = {class_id: int(counts[class_id]) for class_id in ids if counts[class_id]}
+    if said != real:
+        yield f"class_stats says {said}, the mask has {real}"
+    whole = sum(real.values())
+    if any(abs(stat["fraction"] - stat["pixel_count"] / max(1, whole)) > 1e-6 for stat in stats.values()):
+        yield "a fraction is not pixel_count over the data pixels"
+
+
+def _slot_counts(
+    ledger: Ledger, data: bytes, header: Header, index: Array, row: dict[str, Any]
+) -> Iterator[str]:
+    """Counts per value of a mask in slots (as the generator's value)."""
+    layout, start = ledger.layout, row["byte_offset"] + header.nbytes
+    slot = row["mask_index"] % layout.slots if layout.kind == "stacked" else row["pixel_start"] // layout.slot % layout.slots
+    flat = []
+    for number, nbytes in enumerate(row["byte_nbytes"]):
+        if index[slot + number].tolist() != [start, nbytes]:
+            yield f"slot {slot + number} is not where the table says"
+        flat.append(decompress(memoryview(data)[start : start + nbytes], layout.dtype))
+        start += nbytes
+    values = np.concatenate(flat)
+    area = row["height"] * row["width"]
+    if len(values) < area:
+        yield f"{len(values)} pixels are stored of {area}"
+    if np.any(values[area:] != layout.fill):
+        yield "the rest of its last slot is not empty"
+    return np.bincount(values[:area], minlength=layout.fill + 1)
+
+
+def _large_counts(ledger: Ledger, row: dict[str, Any]) -> Iterator[str]:
+    """Counts per value of a large mask, region by region (as the generator's value)."""
+    layout = ledger.layout
+    counts = np.zeros(layout.fill + 1, np.int64)
+    for y in range(-(-row["height"] // REGION)):
+        for x in range(-(-row["width"] // REGION)):
+            path = f"{row['path']}/0/c/{y}/{x}"
+            shape = (min(REGION, row["height"] - y * REGION), min(REGION, row["width"] - x * REGION))
+            labels, about = committed_region(ledger.store, path, shape, layout.dtype, layout.fill)
+            counts += np.bincount(labels.ravel(), minlength=layout.fill + 1)
+            real = [int((labels == entry["id"]).sum()) for entry in ledger.classes]
+            if about["counts"] != real:
+                yield f"{path}: its header counts {about['counts']}, its pixels {real}"
+            for level in range(1, LEVELS):
+                if ledger.store.stat(f"{row['path']}/{level}/c/{y}/{x}") is None:
+                    yield f"{row['path']}/{level}/c/{y}/{x} is missing"
+    return counts
+
+
+def _final(ledger: Ledger) -> Iterator[str]:
+    """The tables people query, against the commits and against their manifest."""
+    manifests = ledger.manifests()
+    if manifests != ledger.rounds():
+        yield f"manifest/: finished rounds {manifests}, planned {ledger.rounds()}; run segment again"
+        return
+    manifest = ledger.manifest(manifests[-1])
+    made, _ = final_tables(ledger)
+    for name, (fresh, _) in made.items():
+        try:
+            stored = ledger.store.read(f"final/{name}.parquet")
+        except StorageMissing as error:
+            yield f"final/{name}.parquet: {error}; run segment again"
+            continue
+        said = manifest["tables"][name]
+        if hashlib.sha256(stored).hexdigest() != said["sha256"]:
+            yield f"final/{name}.parquet: its SHA-256 is not the one in manifest/{manifests[-1]:03d}.json"
+        elif name in FINAL and not pq.read_table(io.BytesIO(stored)).equals(pq.read_table(io.BytesIO(fresh))):
+            yield f"final/{name}.parquet: is not what the fragments say"

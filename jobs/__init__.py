@@ -7,8 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import EXIT_BUG, EXIT_REFUSED, EXIT_UNFINISHED, RunRefused, StorageError
-from pipeline.errors import MaskfleetError, RunUnfinished
+from pipeline.errors import EXIT_BUG, EXIT_REFUSED, EXIT_UNFINISHED, MaskfleetError, RunUnfinished, StorageBusy
 
 log = logging.getLogger("maskfleet")
 
@@ -23,9 +22,12 @@ def ended(command: Callable[[], int]) -> int:
     except RunUnfinished as error:
         log.error("not finished: %s", error)  # noqa: TRY400 - a sentence, not a trace
         return EXIT_UNFINISHED
-    except (RunRefused, MaskfleetError) as error:
+    except StorageBusy as error:
+        log.error("not finished: %s", error)  # noqa: TRY400
+        return EXIT_UNFINISHED
+    except MaskfleetError as error:
         log.error("refused: %s", error)  # noqa: TRY400
-        return EXIT_UNFINISHED if isinstance(error, StorageError) else EXIT_REFUSED
+        return EXIT_REFUSED
     except KeyboardInterrupt:
         log.error("interrupted: what is committed stays; run the same command again to go on")  # noqa: TRY400
         return EXIT_UNFINISHED

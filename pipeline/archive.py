@@ -15,12 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from models import Bundle
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import probe
-from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, RunRefused, RunUnfinished, StorageMissing
+from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, RunRefused, RunUnfinished, StorageError, StorageMissing
 from pipeline.finalize import Counts, finalize
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
@@ -31,6 +30,7 @@ from pipeline.reader import Run
 from pipeline.records import PlannedImage
 from pipeline.run import Line, Receipt, Task, run_here
 from pipeline.storage import Store, check_create_only, open_store
+from pipeline.tables import read_table
 from pipeline.tile import Grid
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
@@ -120,7 +120,7 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
     source, out = open_store(config.source), open_store(config.out)
     _refuse_nesting(source, out)
     bundle = read_bundle(config.model)
-    card = Bundle.from_json(bundle[0])
+    card = _card(config, bundle)
     ledger, listing = Ledger.find(out), Listing()
     if config.dry_run:
         return _dry(config, source, out, ledger, card, listing)
@@ -160,6 +160,13 @@ def read_bundle(model: str) -> tuple[bytes, bytes]:
             f"--model {model}: no bundle there ({error}); a bundle is a folder with model.json and weights.safetensors, "
             "or the word demo. Pickles, .pt2 and TorchScript are not loaded"
         ) from error
+
+
+def _card(config: SegmentConfig, bundle: tuple[bytes, bytes]) -> Bundle:
+    try:
+        return Bundle.from_json(bundle[0])
+    except ValueError as error:
+        raise RunRefused(f"--model {config.model}: {error}") from error
 
 
 def _dry(
@@ -316,8 +323,11 @@ def _finish_rounds(ledger: Ledger, config: SegmentConfig, place: Place, stop: th
         tally.total += images
         say(config.log, "start", text=f"{images} images in {len(tasks)} fragments to do", images=images, fragments=len(tasks))
         receipts = place.run(tasks, ledger.store.uri, stop)
-        for _ in watched(receipts, tally, config.log, config.interval_s):
-            pass
+        try:
+            for _ in watched(receipts, tally, config.log, config.interval_s):
+                pass
+        except StorageError as error:  # access lost or a store down, in mid-run: nothing is lost
+            raise RunUnfinished(f"{error}; when that is mended, run the same command again") from error
         say(config.log, "progress", **facts(tally))
     if stop.is_set():
         raise RunUnfinished("stopped; what is committed stays, run the same command again to go on")
@@ -332,7 +342,7 @@ def _known(ledger: Ledger) -> dict[str, Known]:
     """The live images of the finished rounds, by key."""
     columns = ["key", "image_id", "etag", "input_bytes", "sha256", "reason"]
     with ledger.plan_file("final/images.parquet") as file:
-        table = pq.read_table(pa.PythonFile(file, "r"), columns=columns)
+        table = read_table(file, columns)
     known = {}
     for batch in table.to_batches(8192):
         for key, image_id, etag, nbytes, digest, reason in zip(*(c.to_pylist() for c in batch.columns), strict=True):

@@ -12,7 +12,6 @@ Checksums: ``self_crc32c`` covers J (with that field zeroed), ``tables_crc32c`` 
 everything after T; each frame has zstd's own.
 """
 
-import io
 import json
 import struct
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numcodecs.zstd import Zstd
 
 from pipeline.records import Array
+from pipeline.tables import read_table, write_table
 
 MAGIC = b"MSKFRAG1"
 HEAD = len(MAGIC) + 8
@@ -133,7 +132,7 @@ def assemble(
         slots: the index entry each frame belongs to.
         n_slots: entries of the index; all others stay empty.
     """
-    tables = _parquet(images), _parquet(class_stats)
+    tables = write_table(images), write_table(class_stats)
     data = b"".join(frame for frame in frames if frame is not None)
     sizes = np.array([len(f or b"") for f in frames], dtype="<u8")
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype("<u8") if len(sizes) else sizes
@@ -181,8 +180,8 @@ def read_header(start: bytes) -> Header:
         if google_crc32c.value(_json(zeroed)) != said or google_crc32c.value(body) != about["tables_crc32c"]:
             raise FragmentDamaged("the header does not match its checksum")
         first, second = about["images"], about["class_stats"]
-        images = pq.read_table(io.BytesIO(body[first[0] : first[1]]))
-        class_stats = pq.read_table(io.BytesIO(body[second[0] : second[1]]))
+        images = read_table(body[first[0] : first[1]])
+        class_stats = read_table(body[second[0] : second[1]])
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise FragmentDamaged(f"the header cannot be read: {error}") from error
     return Header(about, images, class_stats, _header_nbytes(room, tables))
@@ -217,9 +216,3 @@ def _header_nbytes(room: int, tables: int) -> int:
 
 def _json(about: dict[str, Any]) -> bytes:
     return json.dumps(about, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

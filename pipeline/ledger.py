@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
@@ -26,6 +25,7 @@ from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_heade
 from pipeline.layout import ARRAY, COMMITS, MASKS, Layout, class_attributes, group_json
 from pipeline.plan import FRAGMENTS, fragments_table, path_of_round
 from pipeline.storage import Found, Store
+from pipeline.tables import read_table, write_table
 from pipeline.tile import Grid
 
 FORMAT_VERSION = 1
@@ -188,18 +188,16 @@ class Ledger:
     def plan(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A whole round's plan (some columns of it)."""
         with self.plan_file(path_of_round(number)) as file:
-            return pq.read_table(pa.PythonFile(file, "r"), columns=columns)
+            return read_table(file, columns)
 
     def fragments(self, number: int) -> pa.Table:
         """The fragments of a round; derived from its plan where the table beside it is missing."""
         path = f"plan/{number:03d}.fragments.parquet"
         if self.store.stat(path) is None:
             table = fragments_table(self.plan(number, ["fragment", "nbytes", "image_id"]))
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink)
-            self.store.replace(path, sink.getvalue().to_pybytes())
+            self.store.replace(path, write_table(table))
         with self.plan_file(path) as file:
-            return pq.read_table(pa.PythonFile(file, "r"), schema=FRAGMENTS)
+            return read_table(file).cast(FRAGMENTS)
 
     def add_round(self, number: int, data: bytes) -> None:
         """Write a round's plan, unless another driver has; then grow the array to hold it."""

@@ -4,7 +4,6 @@ Nothing here is needed to read a run: zarr, xarray, DuckDB and polars do (README
 and speed: a mask is one range request and one decompression per slot.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import ImageRejected, RunRefused
 from pipeline.finalize import REJECTED
@@ -23,6 +21,7 @@ from pipeline.layout import REGION
 from pipeline.ledger import Ledger
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import open_store
+from pipeline.tables import read_table
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -74,7 +73,7 @@ class Run:
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         if self.ledger.manifests():
-            return pq.read_table(io.BytesIO(self._store.read(f"final/{name}.parquet")))
+            return read_table(self._store.read(f"final/{name}.parquet"))
         rows = [getattr(self, f"_{name}_of")(header) for _, header in self._headers()]
         return pa.concat_tables(rows).cast(schema) if rows else schema.empty_table()
 

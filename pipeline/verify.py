@@ -5,7 +5,6 @@ mended by deleting its object and running the same `segment` command again.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from pipeline.errors import REASONS, StorageMissing
 from pipeline.finalize import FINAL, final_tables
@@ -23,6 +22,7 @@ from pipeline.layout import LEVELS, REGION
 from pipeline.ledger import CARD, WEIGHTS, Commit, Ledger
 from pipeline.plan import SCHEMA, fragments_table
 from pipeline.records import Array
+from pipeline.tables import read_table
 
 AT_ONCE = 4  # whole objects in memory at a time
 
@@ -83,7 +83,7 @@ def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
         if plan.schema.names != SCHEMA.names:
             yield f"plan/{number:03d}.parquet: unexpected columns {plan.schema.names}"
             continue
-        asked = plan.filter(pa.compute.greater_equal(plan["fragment"], 0))
+        asked = plan.filter(pc.greater_equal(plan["fragment"], 0))
         ids, fragments = asked["image_id"].to_numpy(), asked["fragment"].to_numpy()
         if not np.array_equal(ids, np.arange(next_id, next_id + len(ids))):
             yield f"plan/{number:03d}.parquet: image_id does not go on from {next_id} without gaps"
@@ -228,5 +228,5 @@ def _final(ledger: Ledger) -> Iterator[str]:
         said = manifest["tables"][name]
         if hashlib.sha256(stored).hexdigest() != said["sha256"]:
             yield f"final/{name}.parquet: its SHA-256 is not the one in manifest/{manifests[-1]:03d}.json"
-        elif name in FINAL and not pq.read_table(io.BytesIO(stored)).equals(pq.read_table(io.BytesIO(fresh))):
+        elif name in FINAL and not read_table(stored).equals(read_table(fresh)):
             yield f"final/{name}.parquet: is not what the fragments say"

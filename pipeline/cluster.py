@@ -1,0 +1,297 @@
+"""The three legs of run.py, spread with Ray Data. Ray lives here and in jobs/.
+
+A row of the data set is a fragment: one row in, one row out of every leg, whatever happens. Encoded
+bytes travel from `load` to `segment`, compressed fragment objects from `segment` to `store`; pixels
+travel nowhere. Ray runs even finished tasks again after losing a node, so each leg first looks
+whether the fragment is committed, and passes it through if so; the create-only put does the rest.
+
+Different ``num_cpus`` keep Ray from fusing the legs; actors never hold every CPU, or the tasks that
+rebuild lost rows could never start (FAULTS §0.5).
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.archive import Found
+from pipeline.config import Compute
+from pipeline.errors import RunRefused, RunUnfinished, StorageError
+from pipeline.ledger import RUN
+from pipeline.records import EncodedImage, Verdict
+from pipeline.run import Clock, Line, Receipt, Task, load, object_of, segment, store
+from pipeline.storage import open_store
+
+# Ray binds the machine's outside address unless this switch, meant for other systems, is off:
+# then a cluster that we start stays on 127.0.0.1 (STYLE §8). It must be set before Ray is imported.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ lines that Ray Data provokes in every run; files keep theirs
+
+import ray  # noqa: E402 - after the switches above
+import ray.data as rd  # noqa: E402
+import ray.exceptions  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
+SEGMENT_CPUS = 0.5  # one actor per core may start, and half of the CPUs stay for the tasks around it
+IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there when one is done
+GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predicting
+MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+"""Where the store is; never who we are: workers find credentials in their own chain."""
+
+
+class OnRay:
+    """A Ray cluster as the place where fragments run."""
+
+    def __init__(self, where: str, compute: Compute) -> None:
+        if where.startswith("ray://"):
+            raise RunRefused("--on ray://…: the Ray client protocol cannot carry this; give host:port, or submit a job")
+        self._compute = compute
+        self._local = where == "local"
+        _quiet()
+        self._connect(where)
+
+    def _connect(self, where: str) -> None:
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            if self._local:
+                memory = self._compute.object_store_mb * 1024**2
+                cores = len(os.sched_getaffinity(0))
+                ray.init(
+                    address="local", num_cpus=max(2, cores), object_store_memory=memory, include_dashboard=False,
+                    _node_ip_address="127.0.0.1", **common,
+                )  # fmt: skip
+            elif where == "auto":
+                ray.init(address="auto", **common)
+            else:
+                here = Path(__file__).parent.parent
+                shipped = {"py_modules": [str(here / "pipeline"), str(here / "models")]}
+                ray.init(address=where, runtime_env=shipped, **common)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
+
+    def close(self) -> None:
+        """Leave the cluster; one that we started ends."""
+        ray.shutdown()
+
+    def found(self, bundle: tuple[bytes, bytes]) -> Found:
+        """See `pipeline.archive.Place.found`: on a worker, since the driver may have no GPU."""
+        probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self._gpus)
+        return Found(**_waited(probe.remote(bundle, self._compute.device)))
+
+    @property
+    def _gpus(self) -> int:
+        if self._compute.device == "cpu":
+            return 0
+        return 1 if self._compute.device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0
+
+    def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
+        """See `pipeline.archive.Place.run`."""
+        todo = list(tasks)
+        settings = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+        about = (run_uri, self._compute.model_dump_json(), json.dumps(settings))
+        _same_folder_everywhere(run_uri)
+        _tune(self._compute)
+        rows = [pa.table({"fragment": [t.fragment], "round": [t.round], "row_group": [t.row_group]}) for t in todo]
+        legs = rd.from_arrow(rows)
+        one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+        legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
+        legs = legs.map_batches(_Segment, fn_constructor_args=about, **one, **self._actors(len(todo)))
+        legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
+        try:
+            for batch in legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    if row["receipt"]:
+                        yield _receipt(row["receipt"])
+                if stop.is_set():
+                    return
+        except (ray.exceptions.RayError, rd.exceptions.RayDataUserCodeException, TimeoutError) as error:
+            raise _translated(error) from error
+
+    def _actors(self, fragments: int) -> dict[str, Any]:
+        """Actor pool and resources of the segment leg."""
+        gpus = self._gpus
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        total = sum(node.get("GPU" if gpus else "CPU", 0) for node in alive)
+        wanted = self._compute.workers or max(1, int(total))
+        if self._local or not _autoscaling():
+            size = max(1, min(wanted, fragments))
+            pool = {"size": size}
+        else:
+            pool = {"min_size": 1, "max_size": max(1, min(self._compute.workers or MOST_WORKERS, fragments))}
+        threads = {"max_concurrent_calls_per_actor": GPU_THREADS, "enable_true_multi_threading": True} if gpus else {}
+        strategy = rd.ActorPoolStrategy(**pool, max_tasks_in_flight_per_actor=max(IN_FLIGHT, GPU_THREADS * gpus), **threads)
+        return {"compute": strategy, "num_cpus": _share(alive, wanted), **({"num_gpus": gpus} if gpus else {})}
+
+
+def _share(nodes: list[dict[str, float]], actors: int) -> float:
+    """CPUs an actor holds: so few that all actors fit beside one free CPU after the largest node is lost."""
+    cpus = sorted(node.get("CPU", 0.0) for node in nodes if node.get("CPU", 0.0))
+    if len(cpus) < 2:
+        return SEGMENT_CPUS
+    return round(max(0.05, min(SEGMENT_CPUS, (sum(cpus[:-1]) - 1) / actors)), 3)
+
+
+def _autoscaling() -> bool:
+    """Whether nodes may come: the launcher's head node knows its autoscaling config."""
+    return Path("~/ray_bootstrap_config.yaml").expanduser().exists()
+
+
+def _tune(compute: Compute) -> None:
+    context = rd.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = compute.no_progress_s
+    context.print_on_execution_start = False
+
+
+def _quiet() -> None:
+    """Ray's own lines are for Ray's log files; ours are for people."""
+    for name in ("ray", "ray.data", "ray.serve", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _waited(reference: Any) -> Any:  # noqa: ANN401 - whatever the task returned
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise _translated(error) from error
+
+
+def _translated(error: BaseException) -> Exception:
+    """A leg's own error where there is one in the chain, else: not finished."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        for candidate in (seen, cause):
+            if isinstance(candidate, StorageError | RunRefused | RunUnfinished):
+                return type(candidate)(str(candidate.args[0]))
+        seen = cause if isinstance(cause, BaseException) and cause is not seen else seen.__cause__
+    if isinstance(error, ray.exceptions.RayTaskError) or "UserCode" in type(error).__name__:
+        return RuntimeError(f"a leg failed: {error}")
+    return RunUnfinished(f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); run the same command again")
+
+
+# ------------------------------------------------------------------------------- on the workers
+
+
+def _probe(bundle: tuple[bytes, bytes], device: str) -> dict[str, Any]:
+    from pipeline.infer import Segmenter  # torch: on the worker only
+
+    made = Segmenter(*bundle, device)
+    about = Found(made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field)
+    return asdict(about)
+
+
+@lru_cache(maxsize=2)
+def _line(run_uri: str, compute: str, settings: str) -> Line:
+    """The run's line in this worker process: built here, so that no credentials travel."""
+    os.environ.update(json.loads(settings))
+    return Line.open(run_uri, Compute.model_validate_json(compute))
+
+
+def _task(table: pa.Table) -> Task:
+    row = table.slice(0, 1).to_pylist()[0]
+    return Task(row["fragment"], row["round"], row["row_group"])
+
+
+def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
+    """The load leg: encoded bytes of a fragment, or why there are none."""
+    line, task = _line(run_uri, compute, settings), _task(table)
+    start = time.perf_counter()
+    items = [] if line.ledger.is_committed(task.fragment) else list(load(line.images(task), line))
+    verdicts = [None if item.verdict is None else asdict(item.verdict) for item in items]
+    row = {
+        "data": pa.array([[item.data for item in items]], pa.large_list(pa.large_binary())),
+        "verdicts": pa.array([json.dumps(verdicts)]),
+        "seconds": pa.array([json.dumps({"load": time.perf_counter() - start})]),
+    }
+    return pa.table({**{name: table[name] for name in ("fragment", "round", "row_group")}, **row})
+
+
+class _Segment:
+    """The segment leg: an actor that holds the model."""
+
+    def __init__(self, run_uri: str, compute: str, settings: str) -> None:
+        self._line = _line(run_uri, compute, settings)
+        self._segmenter = self._line.segmenter()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        task, line = _task(table), self._line
+        keep = {name: table[name] for name in ("fragment", "round", "row_group")}
+        if line.ledger.is_committed(task.fragment):
+            return pa.table({**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]})
+        clock = Clock()
+        results = segment(_encoded(table, line, task), line, self._segmenter, clock)
+        data, receipt = object_of(task, results, line)
+        seconds = {**json.loads(table["seconds"][0].as_py()), **clock.seconds}
+        about = json.dumps({**asdict(receipt), "seconds": seconds})
+        return pa.table({**keep, "object": pa.array([data], pa.large_binary()), "receipt": [about]})
+
+
+def _encoded(table: pa.Table, line: Line, task: Task) -> Iterator[EncodedImage]:
+    verdicts = json.loads(table["verdicts"][0].as_py())
+    values = table["data"].combine_chunks().flatten()
+    images = line.images(task)
+    if len(images) != len(values):  # committed when `load` looked, deleted since: fetch it here
+        yield from load(images, line)
+        return
+    for image, value, verdict in zip(images, values, verdicts, strict=True):
+        yield EncodedImage(image, value.as_py(), None if verdict is None else Verdict(**verdict))
+
+
+def _store(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
+    """The store leg: commit, and say what was committed."""
+    line, task = _line(run_uri, compute, settings), _task(table)
+    text = table["receipt"][0].as_py()
+    if text:
+        start = time.perf_counter()
+        mine = store(task, table["object"][0].as_py(), line)
+        about = json.loads(text)
+        about["seconds"]["store"] = time.perf_counter() - start
+        text = json.dumps({**about, "adopted": not mine})
+    return pa.table({"fragment": table["fragment"], "receipt": [text]})
+
+
+def _receipt(text: str) -> Receipt:
+    return Receipt(**json.loads(text))
+
+
+def _sees(run_uri: str) -> str:
+    """Which run this node finds at a path: its token, or what went wrong."""
+    try:
+        return json.loads(open_store(run_uri).read(RUN))["token"]
+    except (StorageError, RunRefused, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _same_folder_everywhere(run_uri: str) -> None:
+    """A local path must be the same folder on every node, or masks would lie in several places.
+
+    Raises:
+        RunRefused: naming a node that does not see it.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    if run_uri.startswith("s3://") or len(nodes) < 2:
+        return
+    here = _sees(run_uri)
+    ask = ray.remote(_sees)
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        there = _waited(ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri))
+        if there != here:
+            raise RunRefused(
+                f"node {node['NodeManagerAddress']} does not see this run at {run_uri} ({there}); "
+                "use a shared folder or s3://"
+            )

@@ -7,11 +7,24 @@ import logging
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import EXIT_BUG, EXIT_REFUSED, EXIT_UNFINISHED, MaskfleetError, RunUnfinished, StorageBusy
+from pipeline.errors import (
+    EXIT_BUG,
+    EXIT_REFUSED,
+    EXIT_UNFINISHED,
+    MaskfleetError,
+    RunUnfinished,
+    StorageBusy,
+)
 
 log = logging.getLogger("maskfleet")
 
-QUIET = ("botocore", "aiobotocore", "s3fs", "urllib3", "fsspec")  # at DEBUG they print keys and signatures
+QUIET = (
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "urllib3",
+    "fsspec",
+)  # at DEBUG they print keys and signatures
 
 
 def ended(command: Callable[[], int]) -> int:

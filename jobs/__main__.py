@@ -18,8 +18,13 @@ def main() -> int:
     """Run the command that the first argument names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in {"-h", "--help"}:
-        lines = (f"  {name:<10} {(import_module(f'jobs.{name}').__doc__ or '').splitlines()[0]}" for name in names())
-        sys.stdout.write("maskfleet COMMAND … (COMMAND --help says more)\n\n" + "\n".join(lines) + "\n")
+        lines = (
+            f"  {name:<10} {(import_module(f'jobs.{name}').__doc__ or '').splitlines()[0]}"
+            for name in names()
+        )
+        sys.stdout.write(
+            "maskfleet COMMAND … (COMMAND --help says more)\n\n" + "\n".join(lines) + "\n"
+        )
         return EXIT_DONE if arguments else EXIT_REFUSED
     if arguments[0] not in names():
         near = difflib.get_close_matches(arguments[0], names(), 1)

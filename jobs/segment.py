@@ -16,7 +16,9 @@ from pipeline.errors import EXIT_DONE, RunRefused
 from pipeline.progress import duration
 from pipeline.storage import absolute, open_store
 
-SMALL = 10_000  # images; beyond that Ray's start (about 10 s) no longer shows, and its supervision pays
+SMALL = (
+    10_000  # images; beyond that Ray's start (about 10 s) no longer shows, and its supervision pays
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +38,15 @@ def parsed(arguments: list[str]) -> SegmentConfig:
     """The config: defaults, then ``--config FILE.yaml``, then flags."""
     arguments, file = _without_config(arguments)
     default = _from_file(file, arguments) if file else None
-    config = tyro.cli(SegmentConfig, prog="maskfleet segment", args=arguments, **({} if default is None else {"default": default}))
-    return config.model_copy(update={"source": absolute(config.source), "out": absolute(config.out)})
+    config = tyro.cli(
+        SegmentConfig,
+        prog="maskfleet segment",
+        args=arguments,
+        **({} if default is None else {"default": default}),
+    )
+    return config.model_copy(
+        update={"source": absolute(config.source), "out": absolute(config.out)}
+    )
 
 
 def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -58,7 +67,9 @@ def _from_file(path: str, arguments: list[str]) -> SegmentConfig:
     except yaml.YAMLError as error:
         raise RunRefused(f"--config {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RunRefused(f"--config {path} must hold `name: value` lines, it holds {type(values).__name__}")
+        raise RunRefused(
+            f"--config {path} must hold `name: value` lines, it holds {type(values).__name__}"
+        )
     return from_mapping(values)
 
 

@@ -17,7 +17,7 @@ from pipeline.storage import open_store
 
 def show(
     run: Annotated[str, tyro.conf.Positional],
-    json: bool = False,  # noqa: A002 - the flag's name
+    json: bool = False,
 ) -> int:
     """Say how far a run is.
 
@@ -49,7 +49,9 @@ def _as_text(now: Status) -> str:
     if rejected:
         lines.append(f"rejected: {rejected}")
     if now.per_second is not None:
-        lines.append(f"{now.per_second} images/s lately, ETA {duration(now.eta_s)}, last commit {duration(now.last_commit_s_ago)} ago")
+        lines.append(
+            f"{now.per_second} images/s lately, ETA {duration(now.eta_s)}, last commit {duration(now.last_commit_s_ago)} ago"
+        )
     lines.append(f"model {now.model}; a newer model means a new run folder")
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ SHOWN = 50  # problems on a terminal; --json has all
 
 def check(
     run: Annotated[str, tyro.conf.Positional],
-    json: bool = False,  # noqa: A002 - the flag's name
+    json: bool = False,
 ) -> int:
     """Check every object, hash, count and statistic of a run.
 
@@ -43,7 +43,9 @@ def _as_text(findings: Findings) -> str:
     if len(findings.problems) > SHOWN:
         lines.append(f"… and {len(findings.problems) - SHOWN} more")
     checked = f"{findings.objects} fragments, {findings.images} images, {findings.pixels / 1e6:.1f} MP read again"
-    verdict = f"{len(findings.problems)} problems" if findings.problems else "all is as the run says"
+    verdict = (
+        f"{len(findings.problems)} problems" if findings.problems else "all is as the run says"
+    )
     if findings.pending:
         verdict += f"; {findings.pending} fragments are pending"
     return "\n".join([*lines, f"{checked}: {verdict}"]) + "\n"

@@ -19,7 +19,14 @@ import pyarrow as pa
 from models import Bundle
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import probe
-from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, RunRefused, RunUnfinished, StorageError, StorageMissing
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_REJECTIONS,
+    RunRefused,
+    RunUnfinished,
+    StorageError,
+    StorageMissing,
+)
 from pipeline.finalize import Counts, finalize
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
@@ -84,14 +91,18 @@ class Here:
 
         self._segmenter = Segmenter(*bundle, self._compute.device)
         made = self._segmenter
-        return Found(made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field)
+        return Found(
+            made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field
+        )
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `Place.run`."""
         line = Line.open(run_uri, self._compute)
         segmenter = self._segmenter or line.segmenter()
         cores = len(os.sched_getaffinity(0))
-        workers = self._compute.workers or (cores if segmenter.device.type == "cpu" else min(4, cores))
+        workers = self._compute.workers or (
+            cores if segmenter.device.type == "cpu" else min(4, cores)
+        )
         yield from run_here(tasks, line, segmenter, workers, stop)
 
     def close(self) -> None:
@@ -143,7 +154,9 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
 def _refuse_nesting(source: Store, out: Store) -> None:
     a, b = f"{source.uri}/", f"{out.uri}/"
     if a.startswith(b) or b.startswith(a):
-        raise RunRefused(f"--out {out.uri} and the source {source.uri} lie inside each other; choose a folder beside it")
+        raise RunRefused(
+            f"--out {out.uri} and the source {source.uri} lie inside each other; choose a folder beside it"
+        )
 
 
 def read_bundle(model: str) -> tuple[bytes, bytes]:
@@ -170,7 +183,12 @@ def _card(config: SegmentConfig, bundle: tuple[bytes, bytes]) -> Bundle:
 
 
 def _dry(
-    config: SegmentConfig, source: Store, out: Store, ledger: Ledger | None, card: Bundle, listing: Listing
+    config: SegmentConfig,
+    source: Store,
+    out: Store,
+    ledger: Ledger | None,
+    card: Bundle,
+    listing: Listing,
 ) -> Outcome:
     """Plan and check, write nothing."""
     known: dict[str, Known] = {}
@@ -194,7 +212,9 @@ def _dry(
 
 
 def _tallied(column: pa.ChunkedArray) -> dict[str, int]:
-    return {row["values"]: row["counts"] for row in column.value_counts().to_pylist() if row["values"]}
+    return {
+        row["values"]: row["counts"] for row in column.value_counts().to_pylist() if row["values"]
+    }
 
 
 def _refuse_strangers(out: Store) -> None:
@@ -205,7 +225,9 @@ def _refuse_strangers(out: Store) -> None:
             raise RunRefused(f"--out: {error}") from error
         return
     if stranger is not None:
-        raise RunRefused(f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); choose an empty folder")
+        raise RunRefused(
+            f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); choose an empty folder"
+        )
 
 
 def _create(
@@ -222,7 +244,9 @@ def _create(
     plan = plan_round(source, config, listing, {}, Start())
     if not plan.images:
         skipped = f"; skipped {dict(listing.skipped)}" if listing.skipped else ""
-        raise RunRefused(f"there are no images below {source.uri}{skipped}; check the path, --include and --exclude")
+        raise RunRefused(
+            f"there are no images below {source.uri}{skipped}; check the path, --include and --exclude"
+        )
     check_create_only(out)
     found = place.found(bundle)
     layout = _layout(config, source, plan, card)
@@ -241,7 +265,11 @@ def _create(
 
 
 def _as_object(plan: Round, listing: Listing) -> bytes:
-    about = {"skipped": dict(sorted(listing.skipped.items())), "left_out": listing.left_out, "planned": now()}
+    about = {
+        "skipped": dict(sorted(listing.skipped.items())),
+        "left_out": listing.left_out,
+        "planned": now(),
+    }
     return to_parquet(plan, os.urandom(16).hex(), about)
 
 
@@ -251,10 +279,16 @@ def _grid(config: SegmentConfig, card: Bundle, found: Found) -> Grid:
     if overlap is None:
         overlap = min(card.tile.overlap if card.tile else OVERLAP, size // 4)
     if size < 2 * max(found.stride, found.min_side):
-        raise RunRefused(f"--tile.size {size} is below twice the model's stride {found.stride}; try {TILE}")
+        raise RunRefused(
+            f"--tile.size {size} is below twice the model's stride {found.stride}; try {TILE}"
+        )
     if overlap * 2 > size:
-        raise RunRefused(f"--tile.overlap {overlap} must be at most half of the tile size {size}; try {size // 8}")
-    return Grid(size, overlap, found.stride, config.tile.taper, found.receptive_field, found.min_side)
+        raise RunRefused(
+            f"--tile.overlap {overlap} must be at most half of the tile size {size}; try {size // 8}"
+        )
+    return Grid(
+        size, overlap, found.stride, config.tile.taper, found.receptive_field, found.min_side
+    )
 
 
 def _layout(config: SegmentConfig, source: Store, plan: Round, card: Bundle) -> Layout:
@@ -316,25 +350,41 @@ def _tasks(ledger: Ledger) -> tuple[list[Task], int]:
     return tasks, images
 
 
-def _finish_rounds(ledger: Ledger, config: SegmentConfig, place: Place, stop: threading.Event, tally: Tally) -> Counts:
+def _finish_rounds(
+    ledger: Ledger, config: SegmentConfig, place: Place, stop: threading.Event, tally: Tally
+) -> Counts:
     """Run what is missing of all planned rounds, then make them final."""
     tasks, images = _tasks(ledger)
     if tasks:
         tally.total += images
-        say(config.log, "start", text=f"{images} images in {len(tasks)} fragments to do", images=images, fragments=len(tasks))
+        say(
+            config.log,
+            "start",
+            text=f"{images} images in {len(tasks)} fragments to do",
+            images=images,
+            fragments=len(tasks),
+        )
         receipts = place.run(tasks, ledger.store.uri, stop)
         try:
             for _ in watched(receipts, tally, config.log, config.interval_s):
                 pass
         except StorageError as error:  # access lost or a store down, in mid-run: nothing is lost
-            raise RunUnfinished(f"{error}; when that is mended, run the same command again") from error
+            raise RunUnfinished(
+                f"{error}; when that is mended, run the same command again"
+            ) from error
         say(config.log, "progress", **facts(tally))
     if stop.is_set():
         raise RunUnfinished("stopped; what is committed stays, run the same command again to go on")
     rounds, manifests = ledger.rounds(), ledger.manifests()
     if manifests and rounds[-1] == manifests[-1] and not tasks:
         said = ledger.manifest(manifests[-1])["counts"]
-        return Counts(said["planned"], said["done"], said["rejected_by_reason"], said["fragments"], said["pixels"])
+        return Counts(
+            said["planned"],
+            said["done"],
+            said["rejected_by_reason"],
+            said["fragments"],
+            said["pixels"],
+        )
     return finalize(ledger)
 
 
@@ -345,7 +395,9 @@ def _known(ledger: Ledger) -> dict[str, Known]:
         table = read_table(file, columns)
     known = {}
     for batch in table.to_batches(8192):
-        for key, image_id, etag, nbytes, digest, reason in zip(*(c.to_pylist() for c in batch.columns), strict=True):
+        for key, image_id, etag, nbytes, digest, reason in zip(
+            *(c.to_pylist() for c in batch.columns), strict=True
+        ):
             known[key] = Known(image_id, etag, nbytes or 0, None, digest, reason)
     return known
 
@@ -359,7 +411,11 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     first = Start(
         round=numbers[-1] + 1,
         image_id=1 + max((max(c.to_pylist(), default=-1) for c in ids), default=-1),
-        fragment=1 + max((max(ledger.fragments(n)["fragment"].to_pylist(), default=-1) for n in numbers), default=-1),
+        fragment=1
+        + max(
+            (max(ledger.fragments(n)["fragment"].to_pylist(), default=-1) for n in numbers),
+            default=-1,
+        ),
         cap=ledger.layout.slots if ledger.layout.kind == "stacked" else None,
     )
     del last
@@ -367,7 +423,12 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     if not plan.table.num_rows:
         return False
     changes = _tallied(plan.table["change"])
-    say(config.log, "round", text=f"the archive has changed: {changes} (listed in {time.monotonic() - start:.1f} s)", **changes)
+    say(
+        config.log,
+        "round",
+        text=f"the archive has changed: {changes} (listed in {time.monotonic() - start:.1f} s)",
+        **changes,
+    )
     ledger.add_round(first.round, _as_object(plan, listing))
     return True
 

@@ -65,7 +65,9 @@ def pack(tiles: Iterable[Tile], budget: int, window: int, stride: int) -> Iterat
         yield _flushed(waiting, key)
 
 
-def _flushed(waiting: dict[tuple[int, int, str, int], list[Tile]], key: tuple[int, int, str, int]) -> Batch:
+def _flushed(
+    waiting: dict[tuple[int, int, str, int], list[Tile]], key: tuple[int, int, str, int]
+) -> Batch:
     return Batch(tuple(waiting.pop(key)), key[0], key[1])
 
 

@@ -35,15 +35,19 @@ from pipeline.storage import open_store
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ lines that Ray Data provokes in every run; files keep theirs
+os.environ.setdefault(
+    "RAY_BACKEND_LOG_LEVEL", "fatal"
+)  # C++ lines that Ray Data provokes in every run; files keep theirs
 
-import ray  # noqa: E402 - after the switches above
-import ray.data as rd  # noqa: E402
-import ray.exceptions  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+import ray
+import ray.data as rd
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
-SEGMENT_CPUS = 0.5  # one actor per core may start, and half of the CPUs stay for the tasks around it
+SEGMENT_CPUS = (
+    0.5  # one actor per core may start, and half of the CPUs stay for the tasks around it
+)
 IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there when one is done
 GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predicting
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
@@ -56,7 +60,9 @@ class OnRay:
 
     def __init__(self, where: str, compute: Compute) -> None:
         if where.startswith("ray://"):
-            raise RunRefused("--on ray://…: the Ray client protocol cannot carry this; give host:port, or submit a job")
+            raise RunRefused(
+                "--on ray://…: the Ray client protocol cannot carry this; give host:port, or submit a job"
+            )
         self._compute = compute
         self._local = where == "local"
         _quiet()
@@ -103,20 +109,31 @@ class OnRay:
         about = (run_uri, self._compute.model_dump_json(), json.dumps(settings))
         _same_folder_everywhere(run_uri)
         _tune(self._compute)
-        rows = [pa.table({"fragment": [t.fragment], "round": [t.round], "row_group": [t.row_group]}) for t in todo]
+        rows = [
+            pa.table({"fragment": [t.fragment], "round": [t.round], "row_group": [t.row_group]})
+            for t in todo
+        ]
         legs = rd.from_arrow(rows)
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
         legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
-        legs = legs.map_batches(_Segment, fn_constructor_args=about, **one, **self._actors(len(todo)))
+        legs = legs.map_batches(
+            _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
+        )
         legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
         try:
-            for batch in legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for batch in legs.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
                 for row in batch.to_pylist():
                     if row["receipt"]:
                         yield _receipt(row["receipt"])
                 if stop.is_set():
                     return
-        except (ray.exceptions.RayError, rd.exceptions.RayDataUserCodeException, TimeoutError) as error:
+        except (
+            ray.exceptions.RayError,
+            rd.exceptions.RayDataUserCodeException,
+            TimeoutError,
+        ) as error:
             raise _translated(error) from error
 
     def _actors(self, fragments: int) -> dict[str, Any]:
@@ -129,10 +146,23 @@ class OnRay:
             size = max(1, min(wanted, fragments))
             pool = {"size": size}
         else:
-            pool = {"min_size": 1, "max_size": max(1, min(self._compute.workers or MOST_WORKERS, fragments))}
-        threads = {"max_concurrent_calls_per_actor": GPU_THREADS, "enable_true_multi_threading": True} if gpus else {}
-        strategy = rd.ActorPoolStrategy(**pool, max_tasks_in_flight_per_actor=max(IN_FLIGHT, GPU_THREADS * gpus), **threads)
-        return {"compute": strategy, "num_cpus": _share(alive, wanted), **({"num_gpus": gpus} if gpus else {})}
+            pool = {
+                "min_size": 1,
+                "max_size": max(1, min(self._compute.workers or MOST_WORKERS, fragments)),
+            }
+        threads = (
+            {"max_concurrent_calls_per_actor": GPU_THREADS, "enable_true_multi_threading": True}
+            if gpus
+            else {}
+        )
+        strategy = rd.ActorPoolStrategy(
+            **pool, max_tasks_in_flight_per_actor=max(IN_FLIGHT, GPU_THREADS * gpus), **threads
+        )
+        return {
+            "compute": strategy,
+            "num_cpus": _share(alive, wanted),
+            **({"num_gpus": gpus} if gpus else {}),
+        }
 
 
 def _share(nodes: list[dict[str, float]], actors: int) -> float:
@@ -180,7 +210,9 @@ def _translated(error: BaseException) -> Exception:
         seen = cause if isinstance(cause, BaseException) and cause is not seen else seen.__cause__
     if isinstance(error, ray.exceptions.RayTaskError) or "UserCode" in type(error).__name__:
         return RuntimeError(f"a leg failed: {error}")
-    return RunUnfinished(f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); run the same command again")
+    return RunUnfinished(
+        f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); run the same command again"
+    )
 
 
 # ------------------------------------------------------------------------------- on the workers
@@ -231,7 +263,9 @@ class _Segment:
         task, line = _task(table), self._line
         keep = {name: table[name] for name in ("fragment", "round", "row_group")}
         if line.ledger.is_committed(task.fragment):
-            return pa.table({**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]})
+            return pa.table(
+                {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}
+            )
         clock = Clock()
         results = segment(_encoded(table, line, task), line, self._segmenter, clock)
         data, receipt = object_of(task, results, line)
@@ -289,7 +323,9 @@ def _same_folder_everywhere(run_uri: str) -> None:
     ask = ray.remote(_sees)
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        there = _waited(ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri))
+        there = _waited(
+            ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri)
+        )
         if there != here:
             raise RunRefused(
                 f"node {node['NodeManagerAddress']} does not see this run at {run_uri} ({there}); "

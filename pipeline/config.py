@@ -123,7 +123,9 @@ class SegmentConfig(_Knobs):
             if reason not in REASONS:
                 near = difflib.get_close_matches(reason, REASONS, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"--retry {reason} is not a reason for rejection{hint} ({', '.join(REASONS)})")
+                raise ValueError(
+                    f"--retry {reason} is not a reason for rejection{hint} ({', '.join(REASONS)})"
+                )
         if self.size and self.layout != "stacked":
             raise ValueError("--size belongs to --layout stacked; drop one or add the other")
         if self.confidence and self.layout == "stacked":

@@ -85,7 +85,12 @@ def finalize(ledger: Ledger) -> Counts:
     for name, (data, rows) in made.items():
         ledger.store.replace(f"final/{name}.parquet", data)
         digest = hashlib.sha256(data).hexdigest()
-        entries[name] = {"path": f"final/{name}.parquet", "rows": rows, "bytes": len(data), "sha256": digest}
+        entries[name] = {
+            "path": f"final/{name}.parquet",
+            "rows": rows,
+            "bytes": len(data),
+            "sha256": digest,
+        }
     _write_manifest(ledger, ledger.rounds()[-1], counts, entries)
     return counts
 
@@ -102,7 +107,9 @@ def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
     commits = ledger.commits()
     missing = [f for f in planned if f not in commits]
     if missing:
-        raise RunUnfinished(f"{len(missing)} of {len(planned)} fragments are not committed; run the same command again")
+        raise RunUnfinished(
+            f"{len(missing)} of {len(planned)} fragments are not committed; run the same command again"
+        )
     replaced = superseded(ledger, rounds)
     dropped = pa.array(sorted(replaced), pa.int64())
     tables = _Tables()
@@ -127,17 +134,26 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
         },
         "tables": entries,
     }  # fmt: skip
-    ledger.store.create(f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n")
+    ledger.store.create(
+        f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
+    )
 
 
 class _Tables:
     """The four tables while they grow, already compressed: a million rows are some tens of MB."""
 
     def __init__(self) -> None:
-        schemas = {"images": IMAGES, "class_stats": CLASS_STATS, "rejected": REJECTED, "fragments": FRAGMENTS}
+        schemas = {
+            "images": IMAGES,
+            "class_stats": CLASS_STATS,
+            "rejected": REJECTED,
+            "fragments": FRAGMENTS,
+        }
         self._sinks = {name: io.BytesIO() for name in schemas}
         self._writers = {
-            name: pq.ParquetWriter(self._sinks[name], schema, compression="zstd", write_page_index=True)
+            name: pq.ParquetWriter(
+                self._sinks[name], schema, compression="zstd", write_page_index=True
+            )
             for name, schema in schemas.items()
         }
         self._waiting: dict[str, list[pa.Table]] = {name: [] for name in schemas}
@@ -149,15 +165,24 @@ class _Tables:
         """One fragment's rows, less the superseded ones."""
         keep = pc.invert(pc.is_in(header.images["image_id"], dropped))
         images = header.images.filter(keep)
-        stats = header.class_stats.filter(pc.invert(pc.is_in(header.class_stats["image_id"], dropped)))
+        stats = header.class_stats.filter(
+            pc.invert(pc.is_in(header.class_stats["image_id"], dropped))
+        )
         rejected = images.filter(pc.equal(images["status"], "rejected"))
         done = images.filter(pc.equal(images["status"], "done"))
         self._done += done.num_rows
-        self._pixels += pc.sum(pc.multiply(done["height"].cast("int64"), done["width"])).as_py() or 0
+        self._pixels += (
+            pc.sum(pc.multiply(done["height"].cast("int64"), done["width"])).as_py() or 0
+        )
         self._reasons.update(rejected["reason"].to_pylist())
         place = images.column_names.index("byte_offset")
-        absolute = pc.add(images["byte_offset"], header.nbytes)  # in a header they count from the first frame
-        self._write("images", images.set_column(place, "byte_offset", absolute).select(IMAGES.names).cast(IMAGES))
+        absolute = pc.add(
+            images["byte_offset"], header.nbytes
+        )  # in a header they count from the first frame
+        self._write(
+            "images",
+            images.set_column(place, "byte_offset", absolute).select(IMAGES.names).cast(IMAGES),
+        )
         self._write("class_stats", stats.cast(CLASS_STATS))
         self._write("rejected", rejected.select(REJECTED.names).cast(REJECTED))
         self._write("fragments", _fragment_row(commit, header))
@@ -170,12 +195,20 @@ class _Tables:
 
     def _flush(self, name: str) -> None:
         if self._waiting[name]:
-            self._writers[name].write_table(pa.concat_tables(self._waiting[name]).combine_chunks(), row_group_size=ROW_GROUP)
+            self._writers[name].write_table(
+                pa.concat_tables(self._waiting[name]).combine_chunks(), row_group_size=ROW_GROUP
+            )
             self._waiting[name] = []
 
     def counts(self, planned: int) -> Counts:
         """What was added."""
-        return Counts(planned, self._done, dict(sorted(self._reasons.items())), self._rows["fragments"], self._pixels)
+        return Counts(
+            planned,
+            self._done,
+            dict(sorted(self._reasons.items())),
+            self._rows["fragments"],
+            self._pixels,
+        )
 
     def closed(self) -> dict[str, tuple[bytes, int]]:
         """Bytes and rows of each table."""

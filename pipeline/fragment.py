@@ -120,7 +120,12 @@ def slots_of(values: Array, chunk: int, fill: int) -> list[bytes]:
 
 
 def assemble(
-    about: dict[str, Any], images: pa.Table, class_stats: pa.Table, frames: Sequence[bytes | None], slots: Sequence[int], n_slots: int
+    about: dict[str, Any],
+    images: pa.Table,
+    class_stats: pa.Table,
+    frames: Sequence[bytes | None],
+    slots: Sequence[int],
+    n_slots: int,
 ) -> bytes:
     """The object: header, frames in the given order, index.
 
@@ -159,7 +164,13 @@ def assemble(
     about["data_crc32c"] = google_crc32c.value(b"".join((padding, data, packed, tail)))
     about["self_crc32c"] = google_crc32c.value(_json(about))
     text = _json(about).ljust(room)
-    header = MAGIC + struct.pack("<II", room, len(tables[0]) + len(tables[1])) + text + tables[0] + tables[1]
+    header = (
+        MAGIC
+        + struct.pack("<II", room, len(tables[0]) + len(tables[1]))
+        + text
+        + tables[0]
+        + tables[1]
+    )
     return b"".join((header, padding, data, packed, tail))
 
 
@@ -171,13 +182,18 @@ def read_header(start: bytes) -> Header:
             bytes are needed than ``start`` has.
     """
     if len(start) < header_nbytes(start):
-        raise FragmentDamaged(f"the header needs {header_nbytes(start)} bytes, there are {len(start)}")
+        raise FragmentDamaged(
+            f"the header needs {header_nbytes(start)} bytes, there are {len(start)}"
+        )
     room, tables = struct.unpack("<II", start[len(MAGIC) : HEAD])
     try:
         about = json.loads(start[HEAD : HEAD + room])
         said, zeroed = about["self_crc32c"], {**about, "self_crc32c": 0}
         body = start[HEAD + room : HEAD + room + tables]
-        if google_crc32c.value(_json(zeroed)) != said or google_crc32c.value(body) != about["tables_crc32c"]:
+        if (
+            google_crc32c.value(_json(zeroed)) != said
+            or google_crc32c.value(body) != about["tables_crc32c"]
+        ):
             raise FragmentDamaged("the header does not match its checksum")
         first, second = about["images"], about["class_stats"]
         images = read_table(body[first[0] : first[1]])

@@ -68,9 +68,13 @@ class Segmenter:
         for batch in batches:
             most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
             for start in range(0, len(batch.tiles), most):
-                yield from self._answered(batch.tiles[start : start + most], batch.height, batch.width, confidence)
+                yield from self._answered(
+                    batch.tiles[start : start + most], batch.height, batch.width, confidence
+                )
 
-    def _answered(self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool) -> Iterator[TileAnswer]:
+    def _answered(
+        self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
+    ) -> Iterator[TileAnswer]:
         try:
             with self._lock:
                 answers = self._run(tiles, height, width, confidence)
@@ -78,7 +82,10 @@ class Segmenter:
             if not _out_of_memory(error):
                 raise
             if len(tiles) == 1:
-                yield TileAnswer(tiles[0], failure=f"one tile of {height} x {width} pixels does not fit the memory")
+                yield TileAnswer(
+                    tiles[0],
+                    failure=f"one tile of {height} x {width} pixels does not fit the memory",
+                )
                 return
             half = len(tiles) // 2
             self._most_tiles[height, width] = half
@@ -90,7 +97,9 @@ class Segmenter:
         yield from answers
 
     @torch.inference_mode()
-    def _run(self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool) -> list[TileAnswer]:
+    def _run(
+        self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
+    ) -> list[TileAnswer]:
         sizes = [(max(t.height, self.min_side), max(t.width, self.min_side)) for t in tiles]
         x_BCHW = self._input(tiles, max(height, self.min_side), max(width, self.min_side))
         scores_BKhw = self.model(x_BCHW, torch.tensor(sizes), native=True)
@@ -103,7 +112,9 @@ class Segmenter:
             else:
                 nodata = tile.picture.pixels.nodata_HW
                 wanted = confidence or tile.picture.large
-                rows = self._finish(valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, wanted)
+                rows = self._finish(
+                    valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, wanted
+                )
                 answers.append(TileAnswer(tile, rows=rows))
         return answers
 
@@ -115,7 +126,9 @@ class Segmenter:
             values_HWC = tile.values_HWC
             lo, hi = about.range or (0, np.iinfo(values_HWC.dtype).max)
             scale = (1 / ((hi - lo) * np.asarray(about.std))).astype(np.float32)
-            shift = (-(lo / (hi - lo) + np.asarray(about.mean)) / np.asarray(about.std)).astype(np.float32)
+            shift = (-(lo / (hi - lo) + np.asarray(about.mean)) / np.asarray(about.std)).astype(
+                np.float32
+            )
             if about.range is not None:
                 values_HWC = np.clip(values_HWC, lo, hi)
             if about.channels == 1 and values_HWC.shape[2] == 3:
@@ -129,14 +142,23 @@ class Segmenter:
 
     @torch.inference_mode()
     def finish(
-        self, picture: Picture, scores_KGg: Array, g0: int, cells: tuple[int, int], y0: int, y1: int, confidence: bool
+        self,
+        picture: Picture,
+        scores_KGg: Array,
+        g0: int,
+        cells: tuple[int, int],
+        y0: int,
+        y1: int,
+        confidence: bool,
     ) -> Rows:
         """Pixel rows y0 to y1 of a tiled picture, from blended scores that begin at grid row g0."""
         pixels = picture.pixels
         scores = torch.from_numpy(scores_KGg)  # blended on the host, finished there
         nodata = None if pixels.nodata_HW is None else pixels.nodata_HW[y0:y1]
         size = (max(pixels.height, self.min_side), max(pixels.width, self.min_side))
-        return self._finish(scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence or picture.large)
+        return self._finish(
+            scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence or picture.large
+        )
 
     def _finish(
         self,
@@ -155,11 +177,17 @@ class Segmenter:
         for y0 in range(*span, step):
             y1 = min(y0 + step, span[1])
             logits_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1)[:, :, :width]
-            blank = None if nodata is None else torch.from_numpy(np.ascontiguousarray(nodata[y0 - span[0] : y1 - span[0]]))
+            blank = (
+                None
+                if nodata is None
+                else torch.from_numpy(np.ascontiguousarray(nodata[y0 - span[0] : y1 - span[0]]))
+            )
             parts.append(self._reduced(logits_KHW, blank, confidence))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
-    def _reduced(self, logits_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool) -> Rows:
+    def _reduced(
+        self, logits_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool
+    ) -> Rows:
         """Labels, counts and confidences of some rows."""
         classes = logits_KHW.shape[0]
         best_HW, index_HW = logits_KHW.max(0)
@@ -196,7 +224,9 @@ class Segmenter:
 
     def _timed(self, count: int) -> float | None:
         """Seconds per picture at a batch size, the best of three; None where memory ends."""
-        values = np.random.default_rng(0).integers(0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8)
+        values = np.random.default_rng(0).integers(
+            0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8
+        )
         picture = Picture(None, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))  # type: ignore[arg-type]
         tiles = (Tile(picture, 0, 0, PROBE_SIDE, PROBE_SIDE),) * count
         side = padded(PROBE_SIDE, self.stride)
@@ -214,7 +244,12 @@ class Segmenter:
 
 
 def upsampled(
-    scores_Khw: torch.Tensor, g0: int, cells: tuple[int, int], size: tuple[int, int], y0: int, y1: int
+    scores_Khw: torch.Tensor,
+    g0: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+    y0: int,
+    y1: int,
 ) -> torch.Tensor:
     """Pixel rows y0 to y1 of the bilinear up-sampling of a whole grid, from the rows at hand.
 
@@ -271,12 +306,16 @@ def _luma(values_HWC: Array) -> Array:
 
 def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RunRefused("--compute.device cuda: torch sees no GPU here; use auto or cpu, or install a CUDA build of torch")
+        raise RunRefused(
+            "--compute.device cuda: torch sees no GPU here; use auto or cpu, or install a CUDA build of torch"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
+        error
+    )
 
 
 class _NoLock:

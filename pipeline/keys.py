@@ -27,7 +27,9 @@ def escape(part: str) -> str:
     try:
         return _MUST_ESCAPE.sub(quoted, part)
     except UnicodeEncodeError:  # a lone surrogate that came from no byte: name its code point
-        return _MUST_ESCAPE.sub(lambda m: "".join(f"%{b:02X}" for b in m.group().encode("utf-16-be")), part)
+        return _MUST_ESCAPE.sub(
+            lambda m: "".join(f"%{b:02X}" for b in m.group().encode("utf-16-be")), part
+        )
 
 
 def unescape(part: str) -> str:
@@ -58,5 +60,7 @@ def member_part(name: str, seen: dict[str, int]) -> str:
 
 def printable(text: str, limit: int = 200) -> str:
     """Text made safe for a log line or an error: no control characters, bounded length."""
-    clean = "".join(c if c.isprintable() else "�" for c in text.encode("utf-8", "replace").decode("utf-8"))
+    clean = "".join(
+        c if c.isprintable() else "�" for c in text.encode("utf-8", "replace").decode("utf-8")
+    )
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

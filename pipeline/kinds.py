@@ -14,31 +14,25 @@ from typing import Literal
 
 Kind = Literal["image", "webdataset", "parquet", "skip", "unknown"]
 
-OURS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .tif .tiff .webp .bmp .dib .gif".split()
-)
+OURS = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif"])
 FOREIGN = frozenset(
-    ".svg .heic .heif .avif .jp2 .j2k .jpx .jxl .psd .eps .ps .ico .icns .tga .pcx .ppm .pgm .pbm .pnm .pam .exr .hdr "
-    ".dng .cr2 .cr3 .nef .arw .raw .xcf .wmf .emf .fits .fit .dds .sgi .rgb .im .msp .fli .flc .cur .qoi .pdf".split()
+    [".svg", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".psd", ".eps", ".ps", ".ico", ".icns", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".xcf", ".wmf", ".emf", ".fits", ".fit", ".dds", ".sgi", ".rgb", ".im", ".msp", ".fli", ".flc", ".cur", ".qoi", ".pdf"]
 )
 """Picture formats outside the allow-list: images that will be rejected as unsupported_format."""
 SIDECARS = frozenset(
-    ".json .jsonl .ndjson .txt .md .rst .csv .tsv .xml .yaml .yml .toml .html .htm .log .lst .idx .index .cls .names "
-    ".npy .npz .pkl .pickle .pt .pth .pyd .bin .h5 .hdf5 .mat .db .ini .cfg .xmp .aux .prj .tfw .jgw .pgw .wld .kml "
-    ".geojson .shp .shx .dbf .cpg .qml .vrt .ovr .md5 .sha1 .sha256 .sha512 .crc .sig .asc .tmp .temp .part .partial "
-    ".crdownload .bak .swp .lock .err .out .py .ipynb .sh .bat .mp4 .mov .avi .mkv .wav .mp3 .doc .docx .xls .xlsx "
-    ".ppt .pptx .gz .zip .bz2 .xz .zst .7z .rar .tgz".split()
+    [".json", ".jsonl", ".ndjson", ".txt", ".md", ".rst", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html", ".htm", ".log", ".lst", ".idx", ".index", ".cls", ".names", ".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".pyd", ".bin", ".h5", ".hdf5", ".mat", ".db", ".ini", ".cfg", ".xmp", ".aux", ".prj", ".tfw", ".jgw", ".pgw", ".wld", ".kml", ".geojson", ".shp", ".shx", ".dbf", ".cpg", ".qml", ".vrt", ".ovr", ".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".bak", ".swp", ".lock", ".err", ".out", ".py", ".ipynb", ".sh", ".bat", ".mp4", ".mov", ".avi", ".mkv", ".wav", ".mp3", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tgz"]
 )
 """Never images: counted as skipped. Compressed archives are here too: they have no offsets to read by."""
 SIDECAR_NAMES = frozenset(
-    "readme license licence copying authors changelog notice makefile manifest thumbs.db desktop.ini "
-    "_success _metadata _common_metadata checksums md5sums sha256sums dockerfile".split()
+    ["readme", "license", "licence", "copying", "authors", "changelog", "notice", "makefile", "manifest", "thumbs.db", "desktop.ini", "_success", "_metadata", "_common_metadata", "checksums", "md5sums", "sha256sums", "dockerfile"]
 )
 
 
 def kind_of_name(path: str) -> Kind:
     """The kind a path (or a member name) suggests."""
-    if path.endswith("/") or any(part.startswith(".") and part not in {".", ".."} for part in path.split("/")):
+    if path.endswith("/") or any(
+        part.startswith(".") and part not in {".", ".."} for part in path.split("/")
+    ):
         return "skip"
     name = PurePosixPath(path).name.lower()
     suffix = "." + name.rpartition(".")[2] if "." in name else ""

@@ -49,7 +49,9 @@ class LargeMask:
         self.counts_K = np.zeros(len(self.classes), np.int64)
         self.confidences_K = np.zeros(len(self.classes))
         path, pixels = large_path(self.picture.plan.image_id), self.picture.pixels
-        self.store.replace(f"{path}/zarr.json", large_group_json(self.classes, self.fill, self.picture.plan.uri))
+        self.store.replace(
+            f"{path}/zarr.json", large_group_json(self.classes, self.fill, self.picture.plan.uri)
+        )
         for level in range(LEVELS):
             about = large_array_json(pixels.height, pixels.width, level, self.dtype, self.fill)
             self.store.replace(f"{path}/{level}/zarr.json", about)
@@ -74,7 +76,9 @@ class LargeMask:
     def _write_band(self, height: int) -> None:
         labels = np.concatenate([part.labels_HW for part in self.kept])
         sure = np.concatenate([part.confidence_HW for part in self.kept])
-        self.kept = [Rows(labels[height:], sure[height:], *_nothing)] if len(labels) > height else []
+        self.kept = (
+            [Rows(labels[height:], sure[height:], *_nothing)] if len(labels) > height else []
+        )
         for column in range(-(-labels.shape[1] // REGION)):
             across = slice(column * REGION, (column + 1) * REGION)
             self._write_region(column, labels[:height, across], sure[:height, across])
@@ -91,7 +95,9 @@ class LargeMask:
         key = f"c/{self.band}/{column}"
         mine = self.store.create(f"{path}/0/{key}", region_bytes(labels, REGION, self.fill, about))
         if not mine:
-            labels, about = committed_region(self.store, f"{path}/0/{key}", labels.shape, self.dtype, self.fill)
+            labels, about = committed_region(
+                self.store, f"{path}/0/{key}", labels.shape, self.dtype, self.fill
+            )
         for level in range(1, LEVELS):
             step = 2**level
             part = region_bytes(labels[::step, ::step], REGION // step, self.fill, {})
@@ -100,6 +106,7 @@ class LargeMask:
             self.store.replace(f"{path}/confidence/{key}", region_bytes(sure, REGION, 0, {}))
         self.counts_K += np.array(about["counts"])
         self.confidences_K += np.array(about["confidences"])
+
 
 _nothing = (np.zeros(0), np.zeros(0))  # counts of kept rows are taken when their region is written
 

@@ -16,7 +16,11 @@ MASKS = "masks.zarr"
 ARRAY = f"{MASKS}/mask"
 COMMITS = f"{ARRAY}/c"
 N_SLOTS = 4096  # index of 64 KiB a fragment; room for 4 slots an image at 1024 images
-REGION, INNER, LEVELS = 4096, 512, 4  # STORE §3.2: viewer tiles of 512, one owner for all levels of a region
+REGION, INNER, LEVELS = (
+    4096,
+    512,
+    4,
+)  # STORE §3.2: viewer tiles of 512, one owner for all levels of a region
 
 Json = dict[str, Any]
 
@@ -69,12 +73,23 @@ class Layout:
             run = self.slots * self.slot
             shape, shard, inner, names = [fragments * run], [run], [self.slot], ["pixel"]
             if self.confidence:
-                shape, shard, inner, names = [2, *shape], [2, *shard], [1, *inner], ["value", *names]
+                shape, shard, inner, names = (
+                    [2, *shape],
+                    [2, *shard],
+                    [1, *inner],
+                    ["value", *names],
+                )
         return array_json(shape, shard, inner, names, self.dtype, self.fill, attributes)
 
 
 def array_json(
-    shape: list[int], shard: list[int], inner: list[int], names: list[str], dtype: str, fill: int, attributes: Json
+    shape: list[int],
+    shard: list[int],
+    inner: list[int],
+    names: list[str],
+    dtype: str,
+    fill: int,
+    attributes: Json,
 ) -> bytes:
     """A sharded Zarr v3 array: zstd with checksum inside, index at the end with crc32c."""
     wide = dtype != "uint8"
@@ -85,7 +100,10 @@ def array_json(
     sharding = {
         "chunk_shape": inner,
         "codecs": codecs,
-        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "index_codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
         "index_location": "end",
     }
     return _bytes(
@@ -127,7 +145,10 @@ def large_path(image_id: int) -> str:
 def large_group_json(classes: list[Json], fill: int, source: str) -> bytes:
     """OME-Zarr 0.5 label metadata of a large image (rules: STORE §3.3)."""
     datasets = [
-        {"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": [2.0**level, 2.0**level]}]}
+        {
+            "path": str(level),
+            "coordinateTransformations": [{"type": "scale", "scale": [2.0**level, 2.0**level]}],
+        }
         for level in range(LEVELS)
     ]
     axes = [{"name": name, "type": "space"} for name in ("y", "x")]

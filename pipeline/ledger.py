@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -64,7 +64,9 @@ class Ledger:
         """
         ledger = cls.find(store)
         if ledger is None:
-            raise RunRefused(f"{store.uri} holds no run (no {RUN}); check the path or start one with `maskfleet segment`")
+            raise RunRefused(
+                f"{store.uri} holds no run (no {RUN}); check the path or start one with `maskfleet segment`"
+            )
         return ledger
 
     @classmethod
@@ -82,7 +84,9 @@ class Ledger:
             run = json.loads(text)
             found = run["format_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunRefused(f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder") from error
+            raise RunRefused(
+                f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
+            ) from error
         if found != FORMAT_VERSION:
             raise RunRefused(
                 f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; use the version that wrote it"
@@ -90,7 +94,14 @@ class Ledger:
         return cls(store, run)
 
     @classmethod
-    def create(cls, store: Store, config: SegmentConfig, bundle: tuple[bytes, bytes], about: Json, frozen: Json) -> "Ledger":
+    def create(
+        cls,
+        store: Store,
+        config: SegmentConfig,
+        bundle: tuple[bytes, bytes],
+        about: Json,
+        frozen: Json,
+    ) -> "Ledger":
         """Claim a run folder; if another driver was first, its run is returned."""
         run = {
             "format_version": FORMAT_VERSION,
@@ -126,7 +137,10 @@ class Ledger:
                 f"{self.store.uri} was made with model {self.model_version}, this is {bundle_sha256[:12]}; "
                 "a new model means a new run: choose another --out"
             )
-        differ = [f"{k} is {a!r} there, {b!r} here" for k, a, b in _differences(self.run["config"], config.identity())]
+        differ = [
+            f"{k} is {a!r} there, {b!r} here"
+            for k, a, b in _differences(self.run["config"], config.identity())
+        ]
         if differ:
             raise RunRefused(
                 f"{self.store.uri} belongs to another config ({'; '.join(differ)}); choose another --out, or drop the change"
@@ -270,12 +284,17 @@ def _differences(there: Json, here: Json, prefix: str = "") -> Iterator[tuple[st
 def frozen(layout: Layout, grid: Grid, budget: int, device: str) -> Json:
     """What is found out once, when a run is created, and then holds for all its rounds."""
     inference = {"device": device, "threads": 1, "dtype": "float32", "form": "plain"}
-    return {"budget": budget, "layout": asdict(layout), "grid": asdict(grid), "inference": inference}
+    return {
+        "budget": budget,
+        "layout": asdict(layout),
+        "grid": asdict(grid),
+        "inference": inference,
+    }
 
 
 def now() -> str:
     """The time, UTC, ISO 8601: for people; nothing is ordered by it."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -73,20 +73,30 @@ class SlotMask:
         labels = np.concatenate([part.labels_HW for part in self.parts])
         certainty: tuple[bytes, ...] = ()
         if self.layout.confidence:
-            values = np.concatenate([part.confidence_HW for part in self.parts]).astype(labels.dtype)
+            values = np.concatenate([part.confidence_HW for part in self.parts]).astype(
+                labels.dtype
+            )
             certainty = tuple(slots_of(values, self.layout.slot, self.layout.fill))
         counts, sums = summed(self.parts)
         frames = tuple(slots_of(labels, self.layout.slot, self.layout.fill))
-        return measured(picture, counts, sums, seam_score, frames=frames, confidence_frames=certainty)
+        return measured(
+            picture, counts, sums, seam_score, frames=frames, confidence_frames=certainty
+        )
 
 
 def summed(parts: list[Rows]) -> tuple[Array, Array]:
     """Counts and confidences of several stretches of rows."""
-    return np.sum([p.counts_K for p in parts], axis=0), np.sum([p.confidences_K for p in parts], axis=0)
+    return np.sum([p.counts_K for p in parts], axis=0), np.sum(
+        [p.confidences_K for p in parts], axis=0
+    )
 
 
 def measured(
-    picture: Picture, counts_K: Array, confidences_K: Array, seam_score: float | None, **place: Any  # noqa: ANN401
+    picture: Picture,
+    counts_K: Array,
+    confidences_K: Array,
+    seam_score: float | None,
+    **place: Any,  # noqa: ANN401
 ) -> MeasuredMask:
     """The record of a finished picture; ``place`` is its frames or its path."""
     pixels = picture.pixels
@@ -108,7 +118,9 @@ def measure(
             failed.add(image_id)
             sinks.pop(image_id, None)
             verdict = Verdict("predict", "too_large", strip.failure or "")
-            yield RejectedImage(strip.picture.plan, verdict, strip.picture.input_bytes, strip.picture.sha256)
+            yield RejectedImage(
+                strip.picture.plan, verdict, strip.picture.input_bytes, strip.picture.sha256
+            )
             continue
         if image_id not in sinks:
             sinks[image_id] = sink_for(strip.picture)

@@ -14,7 +14,9 @@ from pipeline.records import Array
 SHOWN = 8  # rows: one screen
 SIDE = 256  # pixels of a cell
 GAP, CAPTION, LEGEND = 12, 34, 30
-MOST_PIXELS = 16_000_000  # larger pictures are left out: fetching one again could cost more than the sheet
+MOST_PIXELS = (
+    16_000_000  # larger pictures are left out: fetching one again could cost more than the sheet
+)
 INK, PAPER, NOTHING = (30, 30, 30), (255, 255, 255), (200, 200, 200)
 
 
@@ -30,7 +32,9 @@ def overview(run: Run) -> bytes | None:
             break
     if not rows:
         return None
-    sheet = Image.new("RGB", (3 * SIDE + 4 * GAP, LEGEND + len(rows) * (SIDE + CAPTION + GAP) + GAP), PAPER)
+    sheet = Image.new(
+        "RGB", (3 * SIDE + 4 * GAP, LEGEND + len(rows) * (SIDE + CAPTION + GAP) + GAP), PAPER
+    )
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     _legend(pen, font, run.classes)
@@ -41,7 +45,10 @@ def overview(run: Run) -> bytes | None:
         for column, cell in enumerate((picture, colours, overlay)):
             small = _fitted(cell, Image.Resampling.NEAREST if column == 1 else Image.Resampling.BOX)
             left = GAP + column * (SIDE + GAP)
-            sheet.paste(small, (left + (SIDE - small.width) // 2, top + CAPTION + (SIDE - small.height) // 2))
+            sheet.paste(
+                small,
+                (left + (SIDE - small.width) // 2, top + CAPTION + (SIDE - small.height) // 2),
+            )
         pen.text((GAP, top), printable(key, 60), INK, font)
         pen.text((GAP, top + 16), _shares(mask, run.classes), INK, font)
     sink = io.BytesIO()
@@ -52,7 +59,9 @@ def overview(run: Run) -> bytes | None:
 def _chosen(run: Run) -> list[str]:
     """Keys spread evenly, with spares behind them."""
     rows = run.images.select(["key", "status", "height", "width"]).to_pylist()
-    keys = [r["key"] for r in rows if r["status"] == "done" and r["height"] * r["width"] <= MOST_PIXELS]
+    keys = [
+        r["key"] for r in rows if r["status"] == "done" and r["height"] * r["width"] <= MOST_PIXELS
+    ]
     spread = [keys[i * len(keys) // SHOWN] for i in range(SHOWN)] if len(keys) > SHOWN else keys
     return list(dict.fromkeys([*spread, *keys[: 2 * SHOWN]]))
 
@@ -69,21 +78,29 @@ def _rgb(values_HWC: Array) -> Array:
     """8-bit RGB to look at; 16-bit pictures are stretched to their own range for the eye only."""
     if values_HWC.dtype != np.uint8:
         lo, hi = int(values_HWC.min()), int(values_HWC.max())
-        values_HWC = ((values_HWC.astype(np.float32) - lo) * (255 / max(1, hi - lo))).astype(np.uint8)
+        values_HWC = ((values_HWC.astype(np.float32) - lo) * (255 / max(1, hi - lo))).astype(
+            np.uint8
+        )
     return np.repeat(values_HWC, 3, axis=2) if values_HWC.shape[2] == 1 else values_HWC
 
 
 def _fitted(cell: Array, how: Image.Resampling) -> Image.Image:
     image = Image.fromarray(cell)
     scale = SIDE / max(image.size)
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
+    return image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), how
+    )
 
 
 def _shares(mask: Array, classes: list[dict[str, Any]]) -> str:
     counts = np.bincount(mask.ravel(), minlength=int(np.iinfo(mask.dtype).max) + 1)
     data = max(1, int(sum(counts[entry["id"]] for entry in classes)))
     first = sorted(classes, key=lambda entry: -counts[entry["id"]])[:3]
-    text = "  ".join(f"{entry['name']} {100 * counts[entry['id']] / data:.1f} %" for entry in first if counts[entry["id"]])
+    text = "  ".join(
+        f"{entry['name']} {100 * counts[entry['id']] / data:.1f} %"
+        for entry in first
+        if counts[entry["id"]]
+    )
     return f"{mask.shape[1]} x {mask.shape[0]}   {printable(text, 90)}"
 
 

@@ -88,7 +88,9 @@ class Round:
 # ---------------------------------------------------------------------------------------- listing
 
 
-def discover(store: Store, config: SegmentConfig, listing: Listing) -> Iterator[tuple[Found, str, formats.Entry]]:
+def discover(
+    store: Store, config: SegmentConfig, listing: Listing
+) -> Iterator[tuple[Found, str, formats.Entry]]:
     """Every image below the source with the format that fetches it, in key order of the objects.
 
     Raises:
@@ -97,7 +99,9 @@ def discover(store: Store, config: SegmentConfig, listing: Listing) -> Iterator[
     if config.format != "auto":
         formats.load(config.format)
     with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
-        for found, name, entries in _in_order(pool, _objects(store), lambda f: _indexed(store, f, config.format)):
+        for found, name, entries in _in_order(
+            pool, _objects(store), lambda f: _indexed(store, f, config.format)
+        ):
             if name == "skip":
                 listing.skipped[_suffix(found)] += 1
             for entry in entries:
@@ -154,7 +158,13 @@ def _suffix(found: Found) -> str:
     if not found.regular:
         return "not a regular file"
     name = found.path.rstrip("/").rpartition("/")[2]
-    return "folder marker" if found.path.endswith("/") else "." + escape(name.rpartition(".")[2]) if "." in name else escape(name)
+    return (
+        "folder marker"
+        if found.path.endswith("/")
+        else "." + escape(name.rpartition(".")[2])
+        if "." in name
+        else escape(name)
+    )
 
 
 def _key(found: Found, entry: formats.Entry) -> str:
@@ -266,10 +276,12 @@ class Known:
 
 
 def _plain(path: str) -> bool:
-    return path.isprintable() and path.isascii() or escape(path) == path
+    return (path.isprintable() and path.isascii()) or escape(path) == path
 
 
-def _change(store: Store, found: Found, entry: formats.Entry, before: Known | None, config: SegmentConfig) -> str | None:
+def _change(
+    store: Store, found: Found, entry: formats.Entry, before: Known | None, config: SegmentConfig
+) -> str | None:
     """Why this image is in the round, or None where it has not changed."""
     if before is None:
         return "new"
@@ -334,12 +346,20 @@ def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
 def fragments_table(plan: pa.Table) -> pa.Table:
     """The small table beside a plan: one row per fragment, removed keys left out."""
     rows = [
-        (fragment, group, count, pc.sum(plan["nbytes"].slice(start, count)).as_py(), plan["image_id"][start].as_py())
+        (
+            fragment,
+            group,
+            count,
+            pc.sum(plan["nbytes"].slice(start, count)).as_py(),
+            plan["image_id"][start].as_py(),
+        )
         for group, (fragment, start, count) in enumerate(runs(plan["fragment"]))
         if fragment >= 0
     ]
     columns = list(zip(*rows, strict=True)) or [()] * len(FRAGMENTS.names)
-    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS)
+    return pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, FRAGMENTS, strict=True)], schema=FRAGMENTS
+    )
 
 
 def runs(fragments: pa.ChunkedArray) -> Iterator[tuple[int, int, int]]:

@@ -70,7 +70,12 @@ class Tally:
         return (self.total - self.answered) / self.rate if self.rate > 0 else None
 
 
-def watched(receipts: Iterable[Receipt], tally: Tally, style: Literal["auto", "text", "json"], interval_s: float) -> Iterator[Receipt]:
+def watched(
+    receipts: Iterable[Receipt],
+    tally: Tally,
+    style: Literal["auto", "text", "json"],
+    interval_s: float,
+) -> Iterator[Receipt]:
     """Receipts, counted and shown as they pass."""
     if style == "auto" and sys.stderr.isatty():
         yield from _bar(receipts, tally)
@@ -97,9 +102,7 @@ def _bar(receipts: Iterable[Receipt], tally: Tally) -> Iterator[Receipt]:
 
 
 def _note(tally: Tally) -> str:
-    return (
-        f"{tally.pixels / 1e6:.0f} MP  {tally.rate:.1f}/s  ETA {duration(tally.eta_s)}  rejected {tally.rejected}"
-    )
+    return f"{tally.pixels / 1e6:.0f} MP  {tally.rate:.1f}/s  ETA {duration(tally.eta_s)}  rejected {tally.rejected}"
 
 
 def facts(tally: Tally) -> dict[str, object]:
@@ -134,4 +137,10 @@ def duration(seconds: object) -> str:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+    )

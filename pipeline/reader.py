@@ -93,7 +93,9 @@ class Run:
 
     @staticmethod
     def _rejected_of(header: Any) -> pa.Table:  # noqa: ANN401
-        return header.images.filter(pc.equal(header.images["status"], "rejected")).select(REJECTED.names)
+        return header.images.filter(pc.equal(header.images["status"], "rejected")).select(
+            REJECTED.names
+        )
 
     @cached_property
     def _row_of_key(self) -> dict[str, int]:
@@ -129,7 +131,9 @@ class Run:
         shape, layout = (row["height"], row["width"]), self.ledger.layout
         if row["path"]:
             level = "confidence" if confidence else "0"
-            return self._large(f"{row['path']}/{level}", shape, "uint8" if confidence else layout.dtype)
+            return self._large(
+                f"{row['path']}/{level}", shape, "uint8" if confidence else layout.dtype
+            )
         path = layout.commit_path(row["fragment"])
         if confidence:
             return self._confidence(path, row, shape)
@@ -154,7 +158,9 @@ class Run:
         for y in range(0, shape[0], REGION):
             for x in range(0, shape[1], REGION):
                 part = out[y : y + REGION, x : x + REGION]
-                part[:], _ = committed_region(self._store, f"{path}/c/{y // REGION}/{x // REGION}", part.shape, dtype, 0)
+                part[:], _ = committed_region(
+                    self._store, f"{path}/c/{y // REGION}/{x // REGION}", part.shape, dtype, 0
+                )
         return out
 
     def picture(self, key: str) -> Array:
@@ -173,8 +179,14 @@ class Run:
         item = next(iter(formats.load(plan.format).fetch(source, [plan], 1, limits.max_bytes)))
         if item.data is None:
             verdict = item.verdict
-            raise ImageRejected(verdict.station, verdict.reason, verdict.detail) if verdict else KeyError(key)
-        return decode(item.data, DecodeLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)).values_HWC
+            raise (
+                ImageRejected(verdict.station, verdict.reason, verdict.detail)
+                if verdict
+                else KeyError(key)
+            )
+        return decode(
+            item.data, DecodeLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
+        ).values_HWC
 
     @cached_property
     def _plans(self) -> pa.Table:
@@ -184,7 +196,10 @@ class Run:
     def _planned(self, key: str) -> PlannedImage:
         image_id = self.row(key)["image_id"]
         found = self._plans.filter(
-            pc.and_(pc.equal(self._plans["image_id"], image_id), pc.greater_equal(self._plans["fragment"], 0))
+            pc.and_(
+                pc.equal(self._plans["image_id"], image_id),
+                pc.greater_equal(self._plans["fragment"], 0),
+            )
         )
         return PlannedImage(**found.to_pylist()[0])
 

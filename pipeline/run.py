@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar, cast
 
@@ -122,7 +122,9 @@ def _fetched(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImag
         end = start + 1
         while end < len(images) and images[end].format == images[start].format:
             end += 1
-        yield from formats.load(images[start].format).fetch(line.source, images[start:end], threads, limit)
+        yield from formats.load(images[start].format).fetch(
+            line.source, images[start:end], threads, limit
+        )
         start = end
 
 
@@ -141,7 +143,9 @@ def segment(
     aside: list[RejectedImage] = []
     pictures = decoded(encoded, line, aside)
     tiles = cut(clock.over("decode", pictures), line.grid)
-    batches = pack(tiles, line.ledger.budget, line.config.batch.window_mb * 1024**2, line.grid.stride)
+    batches = pack(
+        tiles, line.ledger.budget, line.config.batch.window_mb * 1024**2, line.grid.stride
+    )
     answers = segmenter.predict(batches, layout.confidence)
     finish = partial(segmenter.finish, confidence=layout.confidence)
     strips = stitch(clock.over("predict", answers), line.grid, finish)
@@ -157,9 +161,13 @@ def store(task: Task, object_bytes: bytes, line: Line) -> bool:
 # ----------------------------------------------------------------------------------- decode ahead
 
 
-def decoded(encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage]) -> Iterator[Picture]:
+def decoded(
+    encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage]
+) -> Iterator[Picture]:
     """Pictures in plan order, decoded a little ahead in threads; the others go aside."""
-    limits = DecodeLimits(max_bytes=line.config.decode.max_bytes, max_pixels=line.config.decode.max_pixels)
+    limits = DecodeLimits(
+        max_bytes=line.config.decode.max_bytes, max_pixels=line.config.decode.max_pixels
+    )
     layout, left = line.ledger.layout, line.ledger.layout.slots
     for item, digest, outcome in _ahead(encoded, limits, line.config.compute.decode_threads):
         size = None if item.data is None else len(item.data)
@@ -176,7 +184,9 @@ def decoded(encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedIma
 Decoded = tuple[EncodedImage, str | None, Pixels | Verdict]
 
 
-def _ahead(encoded: Iterable[EncodedImage], limits: DecodeLimits, threads: int) -> Iterator[Decoded]:
+def _ahead(
+    encoded: Iterable[EncodedImage], limits: DecodeLimits, threads: int
+) -> Iterator[Decoded]:
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         waiting: deque[Future[Decoded]] = deque()
         for item in encoded:
@@ -200,7 +210,9 @@ def _decoded(item: EncodedImage, limits: DecodeLimits) -> Decoded:
 # --------------------------------------------------------------------------------- the fragment
 
 
-def object_of(task: Task, results: Iterable[MeasuredMask | RejectedImage], line: Line) -> tuple[bytes, Receipt]:
+def object_of(
+    task: Task, results: Iterable[MeasuredMask | RejectedImage], line: Line
+) -> tuple[bytes, Receipt]:
     """The fragment's one object, and what is in it."""
     layout, version = line.ledger.layout, line.ledger.model_version
     ids = [entry["id"] for entry in line.ledger.classes]
@@ -218,7 +230,11 @@ def object_of(task: Task, results: Iterable[MeasuredMask | RejectedImage], line:
             sizes = [len(frame) for frame in result.frames]
             place = {"byte_offset": offset, "byte_nbytes": sizes}
             number = task.fragment * layout.slots + slot
-            place |= {"mask_index": number} if layout.kind == "stacked" else {"pixel_start": number * layout.slot}
+            place |= (
+                {"mask_index": number}
+                if layout.kind == "stacked"
+                else {"pixel_start": number * layout.slot}
+            )
             slots += range(slot, slot + len(sizes))
             frames += result.frames
             certainty += result.confidence_frames
@@ -230,7 +246,7 @@ def object_of(task: Task, results: Iterable[MeasuredMask | RejectedImage], line:
         "fragment": task.fragment,
         "round": task.round,
         "token": uuid.uuid4().hex,
-        "written": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "n_done": sum(row["status"] == "done" for row in rows),
         "n_rejected": sum(row["status"] == "rejected" for row in rows),
         "n_pixels": pixels,
@@ -240,7 +256,9 @@ def object_of(task: Task, results: Iterable[MeasuredMask | RejectedImage], line:
         slots, frames = slots + [layout.slots + s for s in slots], frames + certainty
     data = assemble(about, *tables(rows, stats), frames, slots, layout.index_entries)
     bytes_in = sum(row["input_bytes"] or 0 for row in rows)
-    return data, Receipt(task.fragment, about["n_done"], about["n_rejected"], pixels, bytes_in, len(data))
+    return data, Receipt(
+        task.fragment, about["n_done"], about["n_rejected"], pixels, bytes_in, len(data)
+    )
 
 
 class Clock:
@@ -282,13 +300,19 @@ def run_fragment(task: Task, line: Line, segmenter: Segmenter) -> Receipt | None
     return replace(receipt, seconds=seconds, adopted=not mine)
 
 
-def run_here(tasks: Iterable[Task], line: Line, segmenter: Segmenter, workers: int, stop: threading.Event) -> Iterator[Receipt]:
+def run_here(
+    tasks: Iterable[Task], line: Line, segmenter: Segmenter, workers: int, stop: threading.Event
+) -> Iterator[Receipt]:
     """Every fragment in this process, ``workers`` at a time; after ``stop`` only those in flight."""
     todo = iter(tasks)
     flying: set[Future[Receipt | None]] = set()
     with ThreadPoolExecutor(workers, thread_name_prefix="segment") as pool:
         while True:
-            while len(flying) < workers and not stop.is_set() and (task := next(todo, None)) is not None:
+            while (
+                len(flying) < workers
+                and not stop.is_set()
+                and (task := next(todo, None)) is not None
+            ):
                 flying.add(pool.submit(run_fragment, task, line, segmenter))
             if not flying:
                 return

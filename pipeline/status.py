@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-
 from pipeline.finalize import superseded
 from pipeline.ledger import Ledger
 
@@ -91,5 +90,3 @@ def _rate(landed: list[tuple[float, int]]) -> float | None:
     # The first fragment of the window began before it: its images count for no time in it.
     seconds = end - recent[0][0]
     return round(sum(n for _, n in recent[1:]) / seconds, 3) if seconds > 0 else None
-
-

@@ -68,7 +68,9 @@ class Store(Protocol):
         """Every object below a folder, in byte order of the path."""
         ...
 
-    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+    def read(
+        self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> bytes:
         """Bytes of an object; fewer than asked for where it ends. `ObjectChanged` if etag differs."""
         ...
 
@@ -102,7 +104,9 @@ def open_store(uri: str) -> Store:
     if uri.startswith("s3://"):
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
         if not match or "?" in uri or "#" in uri:
-            raise RunRefused(f"{printable(_without_secrets(uri))} is not s3://bucket/prefix; give bucket and prefix only")
+            raise RunRefused(
+                f"{printable(_without_secrets(uri))} is not s3://bucket/prefix; give bucket and prefix only"
+            )
         return S3Store(match.group(1), (match.group(2) or "").strip("/"))
     if "://" in uri or "::" in uri:
         raise RunRefused(
@@ -135,7 +139,9 @@ def check_create_only(store: Store) -> None:
     except StorageMissing as error:
         raise RunRefused(f"cannot write to {store.uri}: {error}") from error
     except StorageDenied as error:
-        raise RunRefused(f"cannot write to {store.uri}: {error}; check credentials and permissions") from error
+        raise RunRefused(
+            f"cannot write to {store.uri}: {error}; check credentials and permissions"
+        ) from error
     except OSError as error:
         raise RunRefused(f"cannot write to {store.uri}: {error}") from error
     if not first or second or not kept.startswith(b"first"):
@@ -186,7 +192,9 @@ class LocalStore:
                 about = os.stat(full)  # noqa: PTH116 - full may hold undecodable bytes
         except OSError:
             return Found(path, 0, "", 0.0, regular=False)
-        return Found(path, about.st_size, f"{about.st_mtime_ns:x}-{about.st_size:x}", about.st_mtime, regular)
+        return Found(
+            path, about.st_size, f"{about.st_mtime_ns:x}-{about.st_size:x}", about.st_mtime, regular
+        )
 
     def _inside(self, full: str) -> bool:
         if not os.path.islink(full):
@@ -194,7 +202,9 @@ class LocalStore:
         real = os.path.realpath(full)
         return real.startswith(os.path.realpath(self.root) + os.sep)
 
-    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+    def read(
+        self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> bytes:
         """See `Store.read`."""
         with _translated(self.uri), open(self._at(path), "rb") as file:  # noqa: PTH123
             if etag is not None:
@@ -222,7 +232,13 @@ class LocalStore:
             except FileExistsError:
                 return target.read_bytes() == data
             except OSError as error:
-                if error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}:
+                if error.errno in {
+                    errno.EPERM,
+                    errno.EOPNOTSUPP,
+                    errno.EMLINK,
+                    errno.ENOSYS,
+                    errno.EXDEV,
+                }:
                     raise RunRefused(
                         f"the file system of {self.root} has no hard links ({error.strerror}), which commits need; "
                         "write to a local disk or to S3"
@@ -275,14 +291,20 @@ def _translated(where: str) -> Iterator[None]:
     except (StorageError, RunRefused):
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise StorageMissing(f"{printable(str(error.filename or where))}: {error.strerror}") from error
+        raise StorageMissing(
+            f"{printable(str(error.filename or where))}: {error.strerror}"
+        ) from error
     except PermissionError as error:
-        raise StorageDenied(f"{printable(str(error.filename or where))}: {error.strerror}") from error
+        raise StorageDenied(
+            f"{printable(str(error.filename or where))}: {error.strerror}"
+        ) from error
     except OSError as error:
         if error.errno == errno.EROFS:
             raise StorageDenied(f"{where}: {error.strerror}") from error
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise StorageBusy(f"{where}: {error.strerror}; free some space and run the same command again") from error
+            raise StorageBusy(
+                f"{where}: {error.strerror}; free some space and run the same command again"
+            ) from error
         raise StorageError(f"{where}: {error}") from error
 
 
@@ -312,19 +334,29 @@ class S3Store:
             page = self._call("list_objects_v2", Prefix=start, **token)
             for entry in page.get("Contents", ()):
                 etag = entry["ETag"].strip('"')
-                yield Found(entry["Key"][cut:], entry["Size"], etag, entry["LastModified"].timestamp())
+                yield Found(
+                    entry["Key"][cut:], entry["Size"], etag, entry["LastModified"].timestamp()
+                )
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def read(self, path: str, start: int = 0, length: int | None = None, etag: str | None = None) -> bytes:
+    def read(
+        self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> bytes:
         """See `Store.read`. A whole object whose ETag is an MD5 is checked against it."""
         if length == 0:
             return b""
-        span = {} if not start and length is None else {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
+        span = (
+            {}
+            if not start and length is None
+            else {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
+        )
 
         async def body() -> tuple[dict[str, Any], bytes]:
-            answer = await _connection().call("get_object", Bucket=self.bucket, Key=self._key(path), **span)
+            answer = await _connection().call(
+                "get_object", Bucket=self.bucket, Key=self._key(path), **span
+            )
             async with answer["Body"] as stream:
                 return answer, await stream.read()
 
@@ -332,7 +364,10 @@ class S3Store:
             try:
                 answer, data = _connection().wait(body())
             except Exception as error:
-                if _code(error) in {"InvalidRange", "416"}:  # starts beyond the end: nothing to read
+                if _code(error) in {
+                    "InvalidRange",
+                    "416",
+                }:  # starts beyond the end: nothing to read
                     return b""
                 raise
             now = answer["ETag"].strip('"')
@@ -340,7 +375,10 @@ class S3Store:
                 raise ObjectChanged(f"{printable(path)} was written again since it was planned")
             if len(data) != answer["ContentLength"]:
                 raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes arrived")
-            encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+            encrypted = (
+                answer.get("ServerSideEncryption", "AES256") != "AES256"
+                or "SSECustomerAlgorithm" in answer
+            )
             if not span and re.fullmatch(r"[0-9a-f]{32}", now) and not encrypted:
                 if hashlib.md5(data, usedforsecurity=False).hexdigest() != now:
                     raise ConnectionError("the body does not match its MD5 ETag")
@@ -354,16 +392,26 @@ class S3Store:
             head = self._call("head_object", path, Key=self._key(path))
         except StorageMissing:
             return None
-        return Found(path, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
+        return Found(
+            path, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp()
+        )
 
     def create(self, path: str, data: bytes) -> bool:
         """See `Store.create`."""
         if len(data) > MAX_PUT:
-            raise StorageError(f"{printable(path)}: {len(data)} bytes do not fit one PUT; lower fragment.bytes")
+            raise StorageError(
+                f"{printable(path)}: {len(data)} bytes do not fit one PUT; lower fragment.bytes"
+            )
 
         def attempt() -> bool:
             try:
-                _connection().do("put_object", Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                _connection().do(
+                    "put_object",
+                    Bucket=self.bucket,
+                    Key=self._key(path),
+                    Body=data,
+                    IfNoneMatch="*",
+                )
             except Exception as error:
                 # 412: exists (perhaps ours: an answer was lost and the client tried again);
                 # 409: two of us at once. Anything unclear: look before trying again.
@@ -383,7 +431,9 @@ class S3Store:
         if about.nbytes != len(data):
             return False
         tail = max(0, len(data) - COMPARED)
-        return self.read(path, 0, COMPARED) == data[:COMPARED] and self.read(path, tail) == data[tail:]
+        return (
+            self.read(path, 0, COMPARED) == data[:COMPARED] and self.read(path, tail) == data[tail:]
+        )
 
     def replace(self, path: str, data: bytes) -> None:
         """See `Store.replace`."""
@@ -394,7 +444,9 @@ class S3Store:
         self._call("delete_object", path, Key=self._key(path))
 
     def _call(self, method: str, path: str = "", **arguments: Any) -> Any:  # noqa: ANN401 - botocore's answers
-        return self._patiently(lambda: _connection().do(method, Bucket=self.bucket, **arguments), path)
+        return self._patiently(
+            lambda: _connection().do(method, Bucket=self.bucket, **arguments), path
+        )
 
     def _patiently(self, attempt: Callable[[], T], path: str) -> T:
         """Try again what may pass, with jittered waits; say in our words what does not."""
@@ -409,7 +461,9 @@ class S3Store:
                 if final is not None:
                     raise final from None  # botocore's text may quote headers
                 if turn == RETRIES - 1:
-                    raise StorageBusy(f"{where}: {_short(error)} after {RETRIES} attempts") from None
+                    raise StorageBusy(
+                        f"{where}: {_short(error)} after {RETRIES} attempts"
+                    ) from None
                 time.sleep(0.5 * 2**turn * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise AssertionError
 
@@ -440,6 +494,7 @@ class _Connection:
 
     def wait(self, work: Any) -> Any:  # noqa: ANN401
         """Run a coroutine on the client's loop."""
+
         async def waited() -> Any:  # noqa: ANN401
             return await work
 
@@ -472,7 +527,10 @@ def _code(error: BaseException) -> str:
     answer = getattr(error, "response", None)
     if not isinstance(answer, dict):
         return ""
-    return str(answer.get("Error", {}).get("Code") or answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    return str(
+        answer.get("Error", {}).get("Code")
+        or answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
+    )
 
 
 def _short(error: BaseException) -> str:
@@ -497,10 +555,19 @@ def _verdict(error: Exception, where: str) -> Exception | None:
         return StorageBusy(f"{where}: the quota is full; raise it and run the same command again")
     if code in _DENIED:
         return StorageDenied(f"{where}: {code}")
-    if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}:
-        return StorageDenied(f"{where}: no usable credentials (set the AWS environment variables, a profile or a role)")
+    if type(error).__name__ in {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "CredentialRetrievalError",
+    }:
+        return StorageDenied(
+            f"{where}: no usable credentials (set the AWS environment variables, a profile or a role)"
+        )
     if type(error).__name__ in {"ParamValidationError", "InvalidRegionError", "NoRegionError"}:
         return StorageError(f"{where}: {printable(str(error))}")
     if code in {"InvalidBucketName", "MethodNotAllowed", "NotImplemented", "KeyTooLongError"}:
         return StorageError(f"{where}: {code}")
-    return error if isinstance(error, TypeError | AttributeError | NameError) else None  # ours: a bug
+    return (
+        error if isinstance(error, TypeError | AttributeError | NameError) else None
+    )  # ours: a bug

@@ -82,7 +82,9 @@ class Tile:
     @property
     def values_HWC(self) -> Array:
         """Its pixels (a view)."""
-        return self.picture.pixels.values_HWC[self.y : self.y + self.height, self.x : self.x + self.width]
+        return self.picture.pixels.values_HWC[
+            self.y : self.y + self.height, self.x : self.x + self.width
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,7 +227,9 @@ class _Canvas:
             rows = finish(self.picture, blended, self.top, self.cells, self.next_y, until)
             self.next_y = until
             self._forget(0 if last else grid_row_above(until, self.cells[0], height))
-            seam = self.disagreed / self.compared if last and self.compared else 0.0 if last else None
+            seam = (
+                self.disagreed / self.compared if last and self.compared else 0.0 if last else None
+            )
             yield Strip(self.picture, rows, last, seam)
 
     def _forget(self, row: int) -> None:

@@ -16,7 +16,14 @@ import pyarrow.compute as pc
 
 from pipeline.errors import REASONS, StorageMissing
 from pipeline.finalize import FINAL, final_tables
-from pipeline.fragment import FragmentDamaged, Header, check_data, decompress, read_header, read_index
+from pipeline.fragment import (
+    FragmentDamaged,
+    Header,
+    check_data,
+    decompress,
+    read_header,
+    read_index,
+)
 from pipeline.large import committed_region
 from pipeline.layout import LEVELS, REGION
 from pipeline.ledger import CARD, WEIGHTS, Commit, Ledger
@@ -47,13 +54,19 @@ def verify(ledger: Ledger) -> Findings:
     problems += list(_plans(ledger, plans))
     planned = _by_fragment(plans)
     commits = ledger.commits()
-    problems += [f"{c.path}: committed, but no plan asks for it" for f, c in commits.items() if f not in planned]
+    problems += [
+        f"{c.path}: committed, but no plan asks for it"
+        for f, c in commits.items()
+        if f not in planned
+    ]
     known = [commits[f] for f in sorted(commits) if f in planned]
     images = pixels = 0
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="verify") as pool:
         for start in range(0, len(known), AT_ONCE):
             part = known[start : start + AT_ONCE]
-            for found, count, area in pool.map(lambda c: _fragment(ledger, c, planned[c.fragment]), part):
+            for found, count, area in pool.map(
+                lambda c: _fragment(ledger, c, planned[c.fragment]), part
+            ):
                 problems += found
                 images += count
                 pixels += area
@@ -87,7 +100,10 @@ def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
         ids, fragments = asked["image_id"].to_numpy(), asked["fragment"].to_numpy()
         if not np.array_equal(ids, np.arange(next_id, next_id + len(ids))):
             yield f"plan/{number:03d}.parquet: image_id does not go on from {next_id} without gaps"
-        if len(fragments) and (fragments[0] != next_fragment or np.any((np.diff(fragments) < 0) | (np.diff(fragments) > 1))):
+        if len(fragments) and (
+            fragments[0] != next_fragment
+            or np.any((np.diff(fragments) < 0) | (np.diff(fragments) > 1))
+        ):
             yield f"plan/{number:03d}.parquet: fragments do not go on from {next_fragment} without gaps"
         if not ledger.fragments(number).equals(fragments_table(plan)):
             yield f"plan/{number:03d}.fragments.parquet: does not say what the plan says"
@@ -105,7 +121,9 @@ def _by_fragment(plans: dict[int, pa.Table]) -> dict[int, list[tuple[int, str]]]
     return planned
 
 
-def _fragment(ledger: Ledger, commit: Commit, planned: list[tuple[int, str]]) -> tuple[list[str], int, int]:
+def _fragment(
+    ledger: Ledger, commit: Commit, planned: list[tuple[int, str]]
+) -> tuple[list[str], int, int]:
     """Problems of one fragment, its images and its pixels."""
     try:
         data = ledger.store.read(commit.path)
@@ -122,31 +140,48 @@ def _fragment(ledger: Ledger, commit: Commit, planned: list[tuple[int, str]]) ->
     for row in header.images.to_pylist():
         where = f"{commit.path}: image {row['image_id']} ({row['key']})"
         if row["status"] == "done":
-            problems += [f"{where}: {text}" for text in _image(ledger, data, header, index, row, stats.get(row["image_id"], {}))]
+            problems += [
+                f"{where}: {text}"
+                for text in _image(ledger, data, header, index, row, stats.get(row["image_id"], {}))
+            ]
             pixels += row["height"] * row["width"]
         elif row["image_id"] in stats:
             problems.append(f"{where}: rejected, yet it has statistics")
     return problems, header.images.num_rows, pixels
 
 
-def _tables(ledger: Ledger, commit: Commit, header: Header, planned: list[tuple[int, str]]) -> Iterator[str]:
-    said = list(zip(header.images["image_id"].to_pylist(), header.images["key"].to_pylist(), strict=True))
+def _tables(
+    ledger: Ledger, commit: Commit, header: Header, planned: list[tuple[int, str]]
+) -> Iterator[str]:
+    said = list(
+        zip(header.images["image_id"].to_pylist(), header.images["key"].to_pylist(), strict=True)
+    )
     if said != planned:
         yield f"{commit.path}: holds {len(said)} images, other ones than the {len(planned)} of the plan"
     if header.about.get("fragment") != commit.fragment:
         yield f"{commit.path}: says it is fragment {header.about.get('fragment')}"
     states = header.images["status"].to_pylist()
-    if (states.count("done"), states.count("rejected")) != (header.about["n_done"], header.about["n_rejected"]):
+    if (states.count("done"), states.count("rejected")) != (
+        header.about["n_done"],
+        header.about["n_rejected"],
+    ):
         yield f"{commit.path}: its counts are not those of its rows"
     for row in header.images.select(["key", "status", "reason", "model_version"]).to_pylist():
-        if row["status"] not in {"done", "rejected"} or (row["status"] == "rejected") != (row["reason"] in REASONS):
+        if row["status"] not in {"done", "rejected"} or (row["status"] == "rejected") != (
+            row["reason"] in REASONS
+        ):
             yield f"{commit.path}: {row['key']}: status {row['status']} with reason {row['reason']}"
         if row["model_version"] != ledger.model_version:
             yield f"{commit.path}: {row['key']}: made by {row['model_version']}"
 
 
 def _image(
-    ledger: Ledger, data: bytes, header: Header, index: Array, row: dict[str, Any], stats: dict[int, dict[str, Any]]
+    ledger: Ledger,
+    data: bytes,
+    header: Header,
+    index: Array,
+    row: dict[str, Any],
+    stats: dict[int, dict[str, Any]],
 ) -> Iterator[str]:
     try:
         if row["path"]:
@@ -157,7 +192,9 @@ def _image(
         yield str(error)
         return
     layout, ids = ledger.layout, [entry["id"] for entry in ledger.classes]
-    strangers = [value for value in np.flatnonzero(counts).tolist() if value not in {*ids, layout.fill}]
+    strangers = [
+        value for value in np.flatnonzero(counts).tolist() if value not in {*ids, layout.fill}
+    ]
     if strangers:
         yield f"values {strangers} are no classes"
     if row["nodata_pixels"] != counts[layout.fill]:
@@ -167,7 +204,10 @@ def _image(
     if said != real:
         yield f"class_stats says {said}, the mask has {real}"
     whole = sum(real.values())
-    if any(abs(stat["fraction"] - stat["pixel_count"] / max(1, whole)) > 1e-6 for stat in stats.values()):
+    if any(
+        abs(stat["fraction"] - stat["pixel_count"] / max(1, whole)) > 1e-6
+        for stat in stats.values()
+    ):
         yield "a fraction is not pixel_count over the data pixels"
 
 
@@ -176,7 +216,11 @@ def _slot_counts(
 ) -> Iterator[str]:
     """Counts per value of a mask in slots (as the generator's value)."""
     layout, start = ledger.layout, row["byte_offset"] + header.nbytes
-    slot = row["mask_index"] % layout.slots if layout.kind == "stacked" else row["pixel_start"] // layout.slot % layout.slots
+    slot = (
+        row["mask_index"] % layout.slots
+        if layout.kind == "stacked"
+        else row["pixel_start"] // layout.slot % layout.slots
+    )
     flat = []
     for number, nbytes in enumerate(row["byte_nbytes"]):
         if index[slot + number].tolist() != [start, nbytes]:
@@ -199,7 +243,10 @@ def _large_counts(ledger: Ledger, row: dict[str, Any]) -> Iterator[str]:
     for y in range(-(-row["height"] // REGION)):
         for x in range(-(-row["width"] // REGION)):
             path = f"{row['path']}/0/c/{y}/{x}"
-            shape = (min(REGION, row["height"] - y * REGION), min(REGION, row["width"] - x * REGION))
+            shape = (
+                min(REGION, row["height"] - y * REGION),
+                min(REGION, row["width"] - x * REGION),
+            )
             labels, about = committed_region(ledger.store, path, shape, layout.dtype, layout.fill)
             counts += np.bincount(labels.ravel(), minlength=layout.fill + 1)
             real = [int((labels == entry["id"]).sum()) for entry in ledger.classes]

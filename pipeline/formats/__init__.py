@@ -62,7 +62,9 @@ def load(name: str) -> Format:
         RunRefused: if there is none, listing those there are.
     """
     if "." not in name and name not in names():
-        raise RunRefused(f"--format {name}: there is no such format; there are: auto, {', '.join(names())}")
+        raise RunRefused(
+            f"--format {name}: there is no such format; there are: auto, {', '.join(names())}"
+        )
     try:
         return cast("Format", import_module(name if "." in name else f"pipeline.formats.{name}"))
     except ImportError as error:

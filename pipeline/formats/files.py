@@ -19,7 +19,9 @@ def index(store: Store, found: Found) -> Iterator[Entry]:  # noqa: ARG001 - the 
     yield Entry(None, None, found.nbytes)
 
 
-def fetch(store: Store, images: Sequence[PlannedImage], threads: int, limit: int) -> Iterator[EncodedImage]:
+def fetch(
+    store: Store, images: Sequence[PlannedImage], threads: int, limit: int
+) -> Iterator[EncodedImage]:
     """Whole objects, many requests in flight, in order."""
     yield from in_flight(partial(_one, store, limit), images, threads)
 
@@ -32,7 +34,9 @@ def _one(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
 
 def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
     """The verdict on an image whose encoded size is beyond ``decode.max_bytes``."""
-    return Verdict("fetch", "too_large", f"{image.nbytes} encoded bytes, decode.max_bytes is {limit}")
+    return Verdict(
+        "fetch", "too_large", f"{image.nbytes} encoded bytes, decode.max_bytes is {limit}"
+    )
 
 
 def read_span(store: Store, image: PlannedImage, start: int, length: int | None) -> EncodedImage:
@@ -40,12 +44,16 @@ def read_span(store: Store, image: PlannedImage, start: int, length: int | None)
     try:
         data = store.read(path_of(image.key), start, length, etag=image.etag)
     except StorageMissing:
-        return EncodedImage(image, None, Verdict("fetch", "vanished", "was listed, is no longer there"))
+        return EncodedImage(
+            image, None, Verdict("fetch", "vanished", "was listed, is no longer there")
+        )
     except ObjectChanged as error:
         return EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
     if length is not None and len(data) < length:
         return EncodedImage(
-            image, None, Verdict("fetch", "truncated", f"its shard ends after {len(data)} of {length} bytes")
+            image,
+            None,
+            Verdict("fetch", "truncated", f"its shard ends after {len(data)} of {length} bytes"),
         )
     return EncodedImage(image, data)
 

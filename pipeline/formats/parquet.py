@@ -45,7 +45,9 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
         yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = "empty" if found.nbytes == 0 else "corrupt"
-        yield Entry(None, None, found.nbytes, problem=f"{reason}: parquet shard: {printable(str(error))}")
+        yield Entry(
+            None, None, found.nbytes, problem=f"{reason}: parquet shard: {printable(str(error))}"
+        )
 
 
 def _leaf(table: pq.ParquetFile) -> int:
@@ -67,7 +69,9 @@ def _leaf(table: pq.ParquetFile) -> int:
     raise ValueError(f"no column of image bytes among {', '.join(schema.names)[:200]}")
 
 
-def fetch(store: Store, images: Sequence[PlannedImage], threads: int, limit: int) -> Iterator[EncodedImage]:  # noqa: ARG001
+def fetch(
+    store: Store, images: Sequence[PlannedImage], threads: int, limit: int
+) -> Iterator[EncodedImage]:
     """Rows in order; each row group that is touched is read once, a few rows at a time."""
     for path, rows in groupby(images, key=lambda image: path_of(image.key)):
         wanted = list(rows)
@@ -77,13 +81,18 @@ def fetch(store: Store, images: Sequence[PlannedImage], threads: int, limit: int
             verdict = Verdict("fetch", "vanished", "was listed, is no longer there")
             yield from (EncodedImage(image, None, verdict) for image in wanted)
         except ObjectChanged as error:
-            yield from (EncodedImage(image, None, Verdict("fetch", "changed", str(error))) for image in wanted)
+            yield from (
+                EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
+                for image in wanted
+            )
         except (pa.ArrowException, OSError, ValueError) as error:
             verdict = Verdict("fetch", "corrupt", f"parquet shard: {printable(str(error))}")
             yield from (EncodedImage(image, None, verdict) for image in wanted)
 
 
-def _of_one_table(store: Store, path: str, wanted: list[PlannedImage], limit: int) -> Iterator[EncodedImage]:
+def _of_one_table(
+    store: Store, path: str, wanted: list[PlannedImage], limit: int
+) -> Iterator[EncodedImage]:
     """The wanted rows of one table; ``wanted`` loses what was answered, so a caller can go on."""
     about = store.stat(path)
     if about is None:
@@ -97,14 +106,23 @@ def _of_one_table(store: Store, path: str, wanted: list[PlannedImage], limit: in
             yield from _of_one_group(table, group, column, first, wanted, limit)
         first = after
     while wanted:
-        yield EncodedImage(wanted.pop(0), None, Verdict("fetch", "vanished", "the table has fewer rows now"))
+        yield EncodedImage(
+            wanted.pop(0), None, Verdict("fetch", "vanished", "the table has fewer rows now")
+        )
 
 
 def _of_one_group(
-    table: pq.ParquetFile, group: int, column: str, first: int, wanted: list[PlannedImage], limit: int
+    table: pq.ParquetFile,
+    group: int,
+    column: str,
+    first: int,
+    wanted: list[PlannedImage],
+    limit: int,
 ) -> Iterator[EncodedImage]:
     row = first
-    for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[column], use_threads=False):
+    for batch in table.iter_batches(
+        batch_size=ROWS, row_groups=[group], columns=[column], use_threads=False
+    ):
         values = batch.column(0)
         while pa.types.is_struct(values.type):
             values = values.field(0)
@@ -143,7 +161,9 @@ class Ranged(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        )
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:

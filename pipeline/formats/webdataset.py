@@ -35,23 +35,43 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
                     yield Entry(None, None, 0, skipped=True)
                     continue
                 yield _entry(member, member_part(member.name, seen), found.nbytes)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError, IndexError) as error:
-        reason = "empty" if found.nbytes == 0 else "truncated" if "end of" in str(error) else "corrupt"
-        yield Entry(None, None, found.nbytes, problem=f"{reason}: tar shard: {printable(str(error))}")
+    except (
+        tarfile.TarError,
+        ValueError,
+        EOFError,
+        OverflowError,
+        RecursionError,
+        IndexError,
+    ) as error:
+        reason = (
+            "empty" if found.nbytes == 0 else "truncated" if "end of" in str(error) else "corrupt"
+        )
+        yield Entry(
+            None, None, found.nbytes, problem=f"{reason}: tar shard: {printable(str(error))}"
+        )
     except StorageMissing:
         yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
 
 
 def _entry(member: tarfile.TarInfo, part: str, end: int) -> Entry:
     if member.sparse is not None:
-        return Entry(part, member.offset_data, member.size, problem="unsupported_format: sparse tar member")
+        return Entry(
+            part, member.offset_data, member.size, problem="unsupported_format: sparse tar member"
+        )
     if member.offset_data + member.size > end:
         kept = max(0, end - member.offset_data)
-        return Entry(part, member.offset_data, kept, problem=f"truncated: {kept} of {member.size} bytes are in the shard")
+        return Entry(
+            part,
+            member.offset_data,
+            kept,
+            problem=f"truncated: {kept} of {member.size} bytes are in the shard",
+        )
     return Entry(part, member.offset_data, member.size)
 
 
-def fetch(store: Store, images: Sequence[PlannedImage], threads: int, limit: int) -> Iterator[EncodedImage]:
+def fetch(
+    store: Store, images: Sequence[PlannedImage], threads: int, limit: int
+) -> Iterator[EncodedImage]:
     """Byte ranges of the shard, many requests in flight, in order."""
     yield from files.in_flight(partial(_one, store, limit), images, threads)
 
@@ -93,7 +113,9 @@ class _Forward(io.RawIOBase):
         if size is None or size < 0 or size > min(self._found.nbytes, MAX_HEADER):
             raise tarfile.ReadError(f"header at byte {self._at} asks for {size} bytes")
         if not (self._start <= self._at and self._at + size <= self._start + len(self._block)):
-            self._block = self._store.read(self._found.path, self._at, max(BLOCK, size), etag=self._found.etag)
+            self._block = self._store.read(
+                self._found.path, self._at, max(BLOCK, size), etag=self._found.etag
+            )
             self._start = self._at
         data = self._block[self._at - self._start :][:size]
         self._at += len(data)

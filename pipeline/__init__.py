@@ -1,9 +1,9 @@
 """From a bucket of images to a bucket of masks.
 
-Open in this order: run (the legs), plan, formats/, decode, tile (cut), batch, infer, tile (stitch),
-measure, fragment, ledger, finalize; archive puts a whole call together, cluster spreads it with Ray,
-reader opens what it made. records, config, errors, keys, kinds, layout are the nouns they share;
-storage is where bytes lie.
+Open in this order: run (the legs), listing, plan, formats/, decode (headers), tile (cut), batch,
+infer, tile (stitch), measure, fragment, ledger, finalize; archive puts a whole call together,
+cluster spreads it with Ray, reader opens what it made. records, config, errors, keys, kinds, layout
+are the nouns they share; storage is where bytes lie, fetching and ranged are how they are read.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,10 @@ __all__ = ["open_run"]
 
 
 def open_run(uri: str) -> "Run":
-    """Open a run folder to read it: ``open_run(uri).mask(key)``, ``.images``, ``.class_stats``, ``.rejected``."""
+    """Open a run folder to read it.
+
+    ``open_run(uri).mask(key)`` is a mask; ``.images``, ``.class_stats`` and ``.rejected`` are tables.
+    """
     from pipeline.reader import open_run  # pyarrow and zarr: not needed to import a sibling
 
     return open_run(uri)

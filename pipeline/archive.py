@@ -1,6 +1,6 @@
-"""A whole archive: refuse or plan, run what is missing, make it final. What `maskfleet segment` calls.
+"""A whole archive: refuse or plan, run what is missing, make it final.
 
-A call first finishes what is planned, then lists the source and plans one more round if it has
+This is what `maskfleet segment` calls. A call first finishes what is planned, then lists the source and plans one more round if it has
 changed. Where the fragments run is somebody else's business (`Place`): this process, or a cluster.
 """
 
@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from models import Bundle
 from pipeline.config import Compute, SegmentConfig
-from pipeline.decode import probe
 from pipeline.errors import (
     EXIT_DONE,
     EXIT_REJECTIONS,
@@ -28,10 +27,12 @@ from pipeline.errors import (
     StorageMissing,
 )
 from pipeline.finalize import Counts, finalize
+from pipeline.headers import probe
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
+from pipeline.listing import Listing, head
 from pipeline.overview import overview
-from pipeline.plan import Known, Listing, Round, Start, head, plan_round, read_fragment, to_parquet
+from pipeline.plan import Known, Round, Start, plan_round, read_fragment, to_parquet
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
 from pipeline.records import PlannedImage
@@ -155,7 +156,8 @@ def _refuse_nesting(source: Store, out: Store) -> None:
     a, b = f"{source.uri}/", f"{out.uri}/"
     if a.startswith(b) or b.startswith(a):
         raise RunRefused(
-            f"--out {out.uri} and the source {source.uri} lie inside each other; choose a folder beside it"
+            f"--out {out.uri} and the source {source.uri} lie inside each other; "
+            "choose a folder beside it"
         )
 
 
@@ -170,8 +172,8 @@ def read_bundle(model: str) -> tuple[bytes, bytes]:
         return store.read("model.json"), store.read("weights.safetensors")
     except StorageMissing as error:
         raise RunRefused(
-            f"--model {model}: no bundle there ({error}); a bundle is a folder with model.json and weights.safetensors, "
-            "or the word demo. Pickles, .pt2 and TorchScript are not loaded"
+            f"--model {model}: no bundle there ({error}); a bundle is a folder with model.json and "
+            "weights.safetensors, or the word demo. Pickles, .pt2 and TorchScript are not loaded"
         ) from error
 
 
@@ -226,7 +228,8 @@ def _refuse_strangers(out: Store) -> None:
         return
     if stranger is not None:
         raise RunRefused(
-            f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); choose an empty folder"
+            f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); "
+            "choose an empty folder"
         )
 
 
@@ -245,7 +248,8 @@ def _create(
     if not plan.images:
         skipped = f"; skipped {dict(listing.skipped)}" if listing.skipped else ""
         raise RunRefused(
-            f"there are no images below {source.uri}{skipped}; check the path, --include and --exclude"
+            f"there are no images below {source.uri}{skipped}; "
+            "check the path, --include and --exclude"
         )
     check_create_only(out)
     found = place.found(bundle)
@@ -284,7 +288,8 @@ def _grid(config: SegmentConfig, card: Bundle, found: Found) -> Grid:
         )
     if overlap * 2 > size:
         raise RunRefused(
-            f"--tile.overlap {overlap} must be at most half of the tile size {size}; try {size // 8}"
+            f"--tile.overlap {overlap} must be at most half of the tile size {size}; "
+            f"try {size // 8}"
         )
     return Grid(
         size, overlap, found.stride, config.tile.taper, found.receptive_field, found.min_side
@@ -318,7 +323,8 @@ def _one_size(config: SegmentConfig, sizes: list[tuple[int, int]]) -> tuple[int,
         return height, width
     if len(set(sizes)) != 1:
         raise RunRefused(
-            f"--layout stacked needs one size, the probed images have {len(set(sizes))}; give --size HxW (others go to large/) or use flat"
+            f"--layout stacked needs one size, the probed images have {len(set(sizes))}; "
+            "give --size HxW (others go to large/) or use flat"
         )
     return sizes[0]
 

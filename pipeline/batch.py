@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.tile import Tile
 
-STEPS = 8  # padded sizes per octave: at most 1/8 more per side; more steps mean fuller padding, emptier batches
+STEPS = 8  # padded sizes per octave: at most 1/8 more per side; more steps would empty the batches
 SMALLEST = 32  # below this padding costs nothing against a pass's overhead
 
 

@@ -27,7 +27,7 @@ from pipeline.config import Compute
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.records import EncodedImage, Verdict
-from pipeline.run import Clock, Line, Receipt, Task, load, object_of, segment, store
+from pipeline.run import Clock, Line, Receipt, Task, attempt, load, object_of, store
 from pipeline.storage import open_store
 
 # Ray binds the machine's outside address unless this switch, meant for other systems, is off:
@@ -61,7 +61,8 @@ class OnRay:
     def __init__(self, where: str, compute: Compute) -> None:
         if where.startswith("ray://"):
             raise RunRefused(
-                "--on ray://…: the Ray client protocol cannot carry this; give host:port, or submit a job"
+                "--on ray://…: the Ray client protocol cannot carry this; "
+                "give host:port, or submit a job"
             )
         self._compute = compute
         self._local = where == "local"
@@ -75,9 +76,13 @@ class OnRay:
                 memory = self._compute.object_store_mb * 1024**2
                 cores = len(os.sched_getaffinity(0))
                 ray.init(
-                    address="local", num_cpus=max(2, cores), object_store_memory=memory, include_dashboard=False,
-                    _node_ip_address="127.0.0.1", **common,
-                )  # fmt: skip
+                    address="local",
+                    num_cpus=max(2, cores),
+                    object_store_memory=memory,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **common,
+                )
             elif where == "auto":
                 ray.init(address="auto", **common)
             else:
@@ -166,7 +171,7 @@ class OnRay:
 
 
 def _share(nodes: list[dict[str, float]], actors: int) -> float:
-    """CPUs an actor holds: so few that all actors fit beside one free CPU after the largest node is lost."""
+    """CPUs an actor holds: few enough that after losing the largest node one CPU stays free."""
     cpus = sorted(node.get("CPU", 0.0) for node in nodes if node.get("CPU", 0.0))
     if len(cpus) < 2:
         return SEGMENT_CPUS
@@ -211,7 +216,8 @@ def _translated(error: BaseException) -> Exception:
     if isinstance(error, ray.exceptions.RayTaskError) or "UserCode" in type(error).__name__:
         return RuntimeError(f"a leg failed: {error}")
     return RunUnfinished(
-        f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); run the same command again"
+        f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); "
+        "run the same command again"
     )
 
 
@@ -267,7 +273,7 @@ class _Segment:
                 {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}
             )
         clock = Clock()
-        results = segment(_encoded(table, line, task), line, self._segmenter, clock)
+        results = attempt(task, _encoded(table, line, task), line, self._segmenter, clock)
         data, receipt = object_of(task, results, line)
         seconds = {**json.loads(table["seconds"][0].as_py()), **clock.seconds}
         about = json.dumps({**asdict(receipt), "seconds": seconds})

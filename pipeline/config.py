@@ -69,6 +69,10 @@ class Compute(_Knobs):
     """Requests in flight while a fragment's bytes are fetched."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: a GPU where there is one."""
+    image_timeout_s: float = Field(300.0, gt=0)
+    """Seconds for one image once its fragment has failed before; then it is rejected as timeout."""
+    image_memory_mb: int = Field(8192, ge=256)
+    """Memory for one image once its fragment has failed before; then it is rejected as killed."""
     object_store_mb: int = Field(512, ge=80)
     """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
     no_progress_s: int = Field(900, ge=10)
@@ -86,7 +90,8 @@ class SegmentConfig(_Knobs):
     """A model bundle: a folder, an s3:// prefix, or `demo`."""
     on: str | None = None
     """`process` (this one), `local` (Ray on this machine) or the address of a Ray cluster.
-    Default: the surrounding cluster inside a Ray job, else process for small archives, local beyond."""
+    Default: the surrounding cluster inside a Ray job, else process for small archives, local
+    beyond."""
     limit: int | None = Field(None, ge=1)
     """Plan at most so many images (the first ones, by key)."""
     include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -106,7 +111,8 @@ class SegmentConfig(_Knobs):
     confidence: bool = False
     """Store each pixel's confidence (uint8, 255 = certain) beside its class."""
     slot_bytes: int | None = Field(None, ge=4096)
-    """Pixels of one inner chunk of the flat layout, a power of two; default: from probed image sizes."""
+    """Pixels of one inner chunk of the flat layout, a power of two; default: from probed image
+    sizes."""
     log: Literal["auto", "text", "json"] = "auto"
     """auto: a live bar on a terminal, plain lines elsewhere."""
     interval_s: float = Field(10.0, gt=0)
@@ -132,8 +138,8 @@ class SegmentConfig(_Knobs):
             raise ValueError("--confidence needs the flat layout; drop --layout stacked")
         if self.tile.size and self.tile.overlap and self.tile.overlap * 2 > self.tile.size:
             raise ValueError(
-                f"--tile.overlap {self.tile.overlap} must be at most half of --tile.size {self.tile.size}; "
-                f"try {self.tile.size // 8}"
+                f"--tile.overlap {self.tile.overlap} must be at most half of "
+                f"--tile.size {self.tile.size}; try {self.tile.size // 8}"
             )
         if self.slot_bytes and self.slot_bytes & (self.slot_bytes - 1):
             raise ValueError(f"--slot-bytes {self.slot_bytes} must be a power of two")

@@ -49,7 +49,6 @@ on, a rotated JPEG is answered as a view and not as a contiguous copy.
 
 import logging
 import re
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -73,6 +72,15 @@ from PIL import (  # noqa: F401
 )
 
 from pipeline.errors import ImageRejected
+from pipeline.headers import (
+    FIRST_LYING,
+    Header,
+    foreign_picture,
+    jpeg_header,
+    orientation_of,
+    read_header,
+    sniff,
+)
 from pipeline.records import Array, Pixels
 
 # Once for the process, because per call neither can be done safely in threads: our limits replace
@@ -82,8 +90,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _HEAD = 1024  # bytes looked at for magic; SVG may start with comments, ustar lies at 257
-_MOST_SEGMENTS = 10_000  # JPEG markers before the picture; a hostile file could have 10^8
-_MOST_BLOCKS = 100_000  # GIF blocks before the first frame; 25 MB of comments
 _STRIP = 1 << 20  # pixels converted at a time
 _VIEW_FROM = 64_000_000  # pixels from which a rotated JPEG is not copied
 
@@ -100,79 +106,7 @@ class DecodeLimits:
     """Height, and width."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """What the first bytes say, without a decoder."""
-
-    height: int
-    width: int
-    orientation: int = 1
-    needs: str = ""
-    """What the picture needs that no decoder here offers."""
-
-
-# --------------------------------------------------------------------------- what kind is it?
-
-_ADMITTED = (
-    (0, rb"\xff\xd8\xff", "JPEG"),
-    (0, rb"\x89PNG\r\n\x1a\n", "PNG"),
-    (0, rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0", "TIFF"),
-    (0, rb"RIFF.{4}WEBP", "WEBP"),
-    (0, rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
-    (0, rb"GIF8[79]a", "GIF"),
-    (257, rb"ustar", "TAR"),
-    (0, rb"PAR1", "PARQUET"),
-)
-_OTHER_PICTURES = (
-    (0, rb"\0\0\0\x0cjP  \r\n|\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL"),
-    (0, rb"II\xbc\x01", "JPEG XR"),
-    (4, rb"ftyp(?:hei[cfsxm]|hev[cx]|mif1|msf1|avi[fs])", "HEIC or AVIF"),
-    (0, rb"8BPS", "PSD"),
-    (0, rb"gimp xcf", "XCF"),
-    (0, rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
-    (0, rb"\0\0[\x01\x02]\0[^\0]\0", "ICO or CUR"),
-    (0, rb"icns", "ICNS"),
-    (0, rb"P[1-7Ff]\s|Pf\s", "PNM"),
-    (0, rb"\x0a[\0\x02-\x05][\0\x01][\x01\x02\x04\x08]", "PCX"),
-    (0, rb"DDS ", "DDS"),
-    (0, rb"qoif", "QOI"),
-    (0, rb"v/1\x01", "OpenEXR"),
-    (0, rb"#\?R(?:ADIANCE|GBE)", "Radiance HDR"),
-    (0, rb"SIMPLE  =", "FITS"),
-    (0, rb"\x01\xda[\0\x01][\x01\x02]", "SGI"),
-    (0, rb"\x59\xa6\x6a\x95", "Sun raster"),
-    (0, rb"[\x8a\x8b][MJ]NG\r\n", "MNG or JNG"),
-    (0, rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "WMF or EMF"),
-    (4, rb"[\x11\x12]\xaf", "FLI"),
-    (0, rb"AT&TFORM", "DjVu"),
-    (0, rb"BLP[12]", "BLP"),
-    (0, rb"/\* XPM \*/|#define \S+_width ", "XPM or XBM"),
-    (128, rb"DICM", "DICOM"),
-    (0, rb"(?:\xef\xbb\xbf)?\s*<(?:svg|[?!].*?<svg)[\s>]", "SVG"),
-    (0, rb"BM.{4}\0\0\0\0", "BMP with an unknown header"),
-    (0, rb"\x28\0\0\0.{8}\x01\0[\x01\x04\x08\x10\x18\x20]\0", "DIB"),
-    (0, rb".(?:\x01[\x01\x09]|\0[\x02\x03\x0a\x0b]).{13}[\x08\x0f\x10\x18\x20]", "TGA"),
-)
-
-
-def sniff(head: bytes) -> str | None:
-    """Name the kind of file from its first bytes.
-
-    Args:
-        head: at least 18 bytes; 262 to recognise a tar.
-
-    Returns:
-        JPEG, PNG, TIFF, WEBP, BMP, GIF, TAR or PARQUET; None for anything else.
-    """
-    return _named(head, _ADMITTED)
-
-
-def _named(head: bytes, table: tuple[tuple[int, bytes, str], ...]) -> str | None:
-    for offset, magic, name in table:
-        if re.compile(magic, re.DOTALL).match(head, offset):  # compiled once, by re's own cache
-            return name
-    return None
+# ------------------------------------------------------------------------------ what is let in
 
 
 def _admitted(data: bytes, limits: DecodeLimits) -> str:
@@ -186,167 +120,11 @@ def _admitted(data: bytes, limits: DecodeLimits) -> str:
     kind = sniff(head)
     if kind is not None and kind in _DECODERS:
         return kind
-    other = _named(head, _OTHER_PICTURES)
+    other = foreign_picture(head)
     if other or data[-18:-2] == b"TRUEVISION-XFILE":
         raise ImageRejected("decode", "unsupported_format", f"{other or 'TGA'} is not decoded")
     detail = f"begins with {head[:16]!r}, which no picture does"
     raise ImageRejected("decode", "not_an_image", detail)
-
-
-# ------------------------------------------------------------------------ what the header says
-
-
-def probe(head: bytes) -> tuple[int, int] | None:
-    """Read height and width cheaply, to choose a slot; nothing is promised about the rest.
-
-    Args:
-        head: the first bytes of the file, 64 KiB at most.
-
-    Returns:
-        Height and width, upright for JPEG and TIFF and as stored for the others; None where the
-        head does not say.
-    """
-    kind = sniff(head)
-    header = _header(head, kind) if kind is not None and kind in _DECODERS else None
-    if header is None or header.height <= 0 or header.width <= 0:
-        return None
-    if header.orientation >= _FIRST_LYING:
-        return header.width, header.height
-    return header.height, header.width
-
-
-def _header(data: bytes, kind: str) -> _Header | None:
-    try:
-        return _HEADERS[kind](data)
-    except struct.error:  # the bytes end before the header does
-        return None
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and content of the segments before the first scan."""
-    at = 2
-    for _ in range(_MOST_SEGMENTS):
-        if data[at : at + 1] != b"\xff":
-            return
-        marker = data[at + 1] if at + 1 < len(data) else _START_OF_SCAN
-        if marker == _START_OF_SCAN:
-            return
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        yield marker, data[at + 4 : at + 2 + length]
-        at += 2 + length
-
-
-_START_OF_SCAN = 0xDA
-_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}  # SOF0-15, JPEG-LS
-_COMMON_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive; arithmetic
-
-
-def _jpeg_header(data: bytes) -> _Header | None:
-    orientation = 1
-    for marker, content in _jpeg_segments(data):
-        if marker == 0xE1 and content.startswith(b"Exif\0\0"):
-            orientation = _orientation(content)
-        elif marker in _FRAMES:
-            bits, height, width = struct.unpack_from(">BHH", content)
-            common = bits == 8 and marker in _COMMON_FRAMES
-            needs = "" if common else f"JPEG process {marker:#x} with {bits} bits"
-            return _Header(height, width, orientation, needs)
-    return None
-
-
-def _png_header(data: bytes) -> _Header | None:
-    if data[12:16] != b"IHDR":
-        return None
-    width, height = struct.unpack_from(">II", data, 16)
-    return _Header(height, width)
-
-
-def _gif_header(data: bytes) -> _Header | None:
-    """Walk to the first frame: it may exceed the screen, and Pillow fills it when opening."""
-    width, height, flags = struct.unpack_from("<HHB", data, 6)
-    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    within = False  # an extension, whose blocks begin with their length and end with an empty one
-    for _ in range(_MOST_BLOCKS):
-        (byte,) = struct.unpack_from("B", data, at)
-        if within:
-            at, within = at + 1 + byte, byte > 0
-        elif byte == _GIF_FRAME:
-            left, top, across, down = struct.unpack_from("<HHHH", data, at + 1)
-            return _Header(max(height, top + down), max(width, left + across))
-        else:
-            within = byte == _GIF_EXTENSION
-            at += 2 if within else 1
-    return None
-
-
-_GIF_FRAME, _GIF_EXTENSION = 0x2C, 0x21
-
-
-def _bmp_header(data: bytes) -> _Header:
-    old = data[14] == 12  # OS/2
-    width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
-    return _Header(abs(height), width)
-
-
-def _webp_header(data: bytes) -> _Header | None:
-    chunk = data[12:16]
-    if chunk == b"VP8X":
-        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
-        return _Header((high_h << 16 | low_h) + 1, (high_w << 16 | low_w) + 1)
-    if chunk == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return _Header((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
-    if chunk == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return _Header(height & 0x3FFF, width & 0x3FFF)
-    return None
-
-
-def _tiff_header(data: bytes) -> _Header | None:
-    tags = _tags(data)
-    if _WIDTH not in tags or _HEIGHT not in tags:
-        return None
-    return _Header(tags[_HEIGHT], tags[_WIDTH], _orientation(data))
-
-
-_HEADERS: dict[str, Callable[[bytes], _Header | None]] = {
-    "JPEG": _jpeg_header,
-    "PNG": _png_header,
-    "TIFF": _tiff_header,
-    "WEBP": _webp_header,
-    "BMP": _bmp_header,
-    "GIF": _gif_header,
-}
-
-_WIDTH, _HEIGHT, _ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 274, 322, 323  # TIFF tags
-_TAG_TYPES = {3: "H", 4: "I"}  # SHORT and LONG; nothing else holds a size or an orientation
-
-
-def _tags(tiff: bytes) -> dict[int, int]:
-    """Read the single-valued tags of the first directory, as far as the bytes go."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(tiff[:4]))
-    tags: dict[int, int] = {}
-    if order is None:
-        return tags
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, number = struct.unpack_from(order + "HHI", tiff, at)
-            if number == 1 and kind in _TAG_TYPES:
-                (tags[tag],) = struct.unpack_from(order + _TAG_TYPES[kind], tiff, at + 8)
-    except struct.error:  # a directory that leads nowhere says nothing more
-        return tags
-    return tags
-
-
-def _orientation(exif: bytes) -> int:
-    """Read the EXIF orientation; 1 where there is none, or none that is legal."""
-    tag = _tags(exif.removeprefix(b"Exif\0\0")).get(_ORIENTATION, 1)
-    return tag if tag in _UNDONE_BY else 1
 
 
 def _check_size(height: int, width: int, limits: DecodeLimits) -> None:
@@ -374,7 +152,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
         ImageRejected: whatever is wrong with the picture.
     """
     kind = _admitted(data, limits)
-    header = _header(data, kind)
+    header = read_header(data, kind)
     if header is not None:
         _check_size(header.height, header.width, limits)
     elif kind == "GIF":
@@ -390,7 +168,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     raise _verdict(data, kind, header, refusals)
 
 
-def _verdict(data: bytes, kind: str, header: _Header | None, refusals: list[str]) -> ImageRejected:
+def _verdict(data: bytes, kind: str, header: Header | None, refusals: list[str]) -> ImageRejected:
     """Find the reason behind what the decoders of this kind had to say."""
     said = re.sub(r"<_io\.BytesIO[^>]*>", kind, "; ".join(refusals))  # has an address in it
     if "Decompressed data too large" in said:
@@ -436,7 +214,7 @@ def _by_simplejpeg(data: bytes, limits: DecodeLimits) -> Pixels:
         if _RAN_OUT in str(refusal):
             raise ImageRejected("decode", "corrupt", f"ValueError: {refusal}") from refusal
         raise
-    header = _jpeg_header(data)
+    header = jpeg_header(data)
     upright = _turned(values, header.orientation if header else 1)
     if height * width < _VIEW_FROM:
         upright = np.ascontiguousarray(upright)
@@ -459,10 +237,10 @@ def _by_pillow(kind: str) -> Callable[[bytes, DecodeLimits], Pixels]:
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 orientation = 1  # Pillow has applied it
             elif kind == "JPEG":
-                header = _jpeg_header(data)
+                header = jpeg_header(data)
                 orientation = header.orientation if header else 1
             else:
-                orientation = _orientation(_exif(image))
+                orientation = orientation_of(_exif(image))
             strips = (_separated(strip, meaning) for strip in _strips(image))
             return _assembled(strips, image.height, image.width, orientation)
 
@@ -501,7 +279,7 @@ def _by_tifffile(data: bytes, limits: DecodeLimits) -> Pixels:
     strips = (
         _scaled(stored_HWC[top:end], with_alpha=with_alpha) for top, end in _rows(height, width)
     )
-    return _assembled(strips, height, width, _orientation(data))
+    return _assembled(strips, height, width, orientation_of(data))
 
 
 def _check_layout(page) -> None:  # noqa: ANN001 a tifffile.TiffPage, which is not imported here
@@ -519,6 +297,7 @@ def _check_layout(page) -> None:  # noqa: ANN001 a tifffile.TiffPage, which is n
     raise NotImplementedError(known + detail)
 
 
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # TIFF tags
 _LIBTIFF_CODECS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32809, 32946, 34676, 34677, 34925, 50000}
 
 _DECODERS: dict[str, tuple[Callable[[bytes, DecodeLimits], Pixels], ...]] = {
@@ -627,13 +406,12 @@ def _scaled(samples_HWC: Array, *, with_alpha: bool) -> Pixels:
 
 # -------------------------------------------------------------------------------- orientation
 
-_FIRST_LYING = 5  # orientations 5 to 8 swap height and width
 _UNDONE_BY = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # quarter turns undo each other
 
 
 def _turned(stored_HW: Array, orientation: int) -> Array:
     """View a stored picture upright, by its EXIF orientation."""
-    if orientation >= _FIRST_LYING:
+    if orientation >= FIRST_LYING:
         stored_HW = stored_HW.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         stored_HW = stored_HW[::-1]
@@ -645,7 +423,7 @@ def _turned(stored_HW: Array, orientation: int) -> Array:
 def _assembled(strips: Iterable[Pixels], height: int, width: int, orientation: int) -> Pixels:
     """Write strips, top to bottom as stored, into an upright picture."""
     undo = _UNDONE_BY[orientation]
-    size = (width, height) if orientation >= _FIRST_LYING else (height, width)
+    size = (width, height) if orientation >= FIRST_LYING else (height, width)
     values_HWC = nodata_HW = None
     top = 0
     for strip in strips:

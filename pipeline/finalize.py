@@ -108,7 +108,8 @@ def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
     missing = [f for f in planned if f not in commits]
     if missing:
         raise RunUnfinished(
-            f"{len(missing)} of {len(planned)} fragments are not committed; run the same command again"
+            f"{len(missing)} of {len(planned)} fragments are not committed; "
+            "run the same command again"
         )
     replaced = superseded(ledger, rounds)
     dropped = pa.array(sorted(replaced), pa.int64())
@@ -129,11 +130,15 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
         "token": ledger.run["token"],
         "model": {"version": ledger.model_version, "sha256": ledger.run["bundle"]["sha256"]},
         "counts": {
-            "planned": counts.planned, "done": counts.done, "rejected": counts.n_rejected,
-            "rejected_by_reason": counts.rejected, "fragments": counts.fragments, "pixels": counts.pixels,
+            "planned": counts.planned,
+            "done": counts.done,
+            "rejected": counts.n_rejected,
+            "rejected_by_reason": counts.rejected,
+            "fragments": counts.fragments,
+            "pixels": counts.pixels,
         },
         "tables": entries,
-    }  # fmt: skip
+    }
     ledger.store.create(
         f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
     )

@@ -1,4 +1,6 @@
-"""One fragment as one object: a Zarr v3 shard that carries its own tables. Byte layout:
+"""One fragment as one object: a Zarr v3 shard that carries its own tables.
+
+Byte layout:
 
     "MSKFRAG1" | u32 len(J) | u32 len(T) | J | T | zeros up to a multiple of 64
     zstd frame | zstd frame | … | index: n_slots x [u64 offset, u64 nbytes] | u32 crc32c(index)

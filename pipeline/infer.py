@@ -64,7 +64,7 @@ class Segmenter:
     # ------------------------------------------------------------------------------- predicting
 
     def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
-        """Answers to every tile, in the order of the batches; a tile that does not fit has a failure."""
+        """Answers to every tile, in order of the batches; a tile that does not fit has a failure."""
         for batch in batches:
             most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
             for start in range(0, len(batch.tiles), most):
@@ -307,7 +307,8 @@ def _luma(values_HWC: Array) -> Array:
 def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RunRefused(
-            "--compute.device cuda: torch sees no GPU here; use auto or cpu, or install a CUDA build of torch"
+            "--compute.device cuda: torch sees no GPU here; "
+            "use auto or cpu, or install a CUDA build of torch"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 

@@ -47,7 +47,7 @@ def path_of(key: str) -> str:
 
 
 def member_part(name: str, seen: dict[str, int]) -> str:
-    """The key part of a shard member; a repeated name gets ``;2``, ``;3``, …
+    """The key part of a shard member; a repeated name gets ``;2``, then ``;3`` and so on.
 
     Args:
         name: member name as stored in the shard.

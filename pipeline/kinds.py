@@ -1,12 +1,12 @@
 """What an object of the archive is, by its name: the one rule for sidecars.
 
-| name | kind |
-|---|---|
-| any part of the path starts with ``.``; ends with ``/``; a sidecar suffix or name | skip: counted, never rejected |
-| ``.tar`` | webdataset |
-| ``.parquet``, ``.pq`` | parquet |
-| a picture suffix, ours or foreign (``.svg``, ``.heic``, …), or no suffix at all | image (decode decides; foreign ones end as rejected rows) |
-| any other suffix | unknown: its first bytes decide between image, shard and skip |
+skip       any part of the path starts with ``.``; ends with ``/``; a sidecar suffix or name:
+           counted, never rejected
+webdataset ``.tar``
+parquet    ``.parquet``, ``.pq``
+image      a picture suffix, ours or foreign (``.svg``, ``.heic``, …), or no suffix at all: decode
+           decides, foreign ones end as rejected rows
+unknown    any other suffix: its first bytes decide between image, shard and skip
 """
 
 from pathlib import PurePosixPath
@@ -14,18 +14,34 @@ from typing import Literal
 
 Kind = Literal["image", "webdataset", "parquet", "skip", "unknown"]
 
-OURS = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif"])
-FOREIGN = frozenset(
-    [".svg", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".psd", ".eps", ".ps", ".ico", ".icns", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".xcf", ".wmf", ".emf", ".fits", ".fit", ".dds", ".sgi", ".rgb", ".im", ".msp", ".fli", ".flc", ".cur", ".qoi", ".pdf"]
-)
+OURS = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".dib",
+    ".gif",
+])  # fmt: skip
+FOREIGN = frozenset([
+    ".svg", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".psd", ".eps", ".ps",
+    ".ico", ".icns", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".exr", ".hdr",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".xcf", ".wmf", ".emf", ".fits", ".fit",
+    ".dds", ".sgi", ".rgb", ".im", ".msp", ".fli", ".flc", ".cur", ".qoi", ".pdf",
+])  # fmt: skip
 """Picture formats outside the allow-list: images that will be rejected as unsupported_format."""
-SIDECARS = frozenset(
-    [".json", ".jsonl", ".ndjson", ".txt", ".md", ".rst", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html", ".htm", ".log", ".lst", ".idx", ".index", ".cls", ".names", ".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".pyd", ".bin", ".h5", ".hdf5", ".mat", ".db", ".ini", ".cfg", ".xmp", ".aux", ".prj", ".tfw", ".jgw", ".pgw", ".wld", ".kml", ".geojson", ".shp", ".shx", ".dbf", ".cpg", ".qml", ".vrt", ".ovr", ".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".bak", ".swp", ".lock", ".err", ".out", ".py", ".ipynb", ".sh", ".bat", ".mp4", ".mov", ".avi", ".mkv", ".wav", ".mp3", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tgz"]
-)
-"""Never images: counted as skipped. Compressed archives are here too: they have no offsets to read by."""
-SIDECAR_NAMES = frozenset(
-    ["readme", "license", "licence", "copying", "authors", "changelog", "notice", "makefile", "manifest", "thumbs.db", "desktop.ini", "_success", "_metadata", "_common_metadata", "checksums", "md5sums", "sha256sums", "dockerfile"]
-)
+SIDECARS = frozenset([
+    ".json", ".jsonl", ".ndjson", ".txt", ".md", ".rst", ".csv", ".tsv", ".xml", ".yaml",
+    ".yml", ".toml", ".html", ".htm", ".log", ".lst", ".idx", ".index", ".cls", ".names",
+    ".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".pyd", ".bin", ".h5", ".hdf5", ".mat",
+    ".db", ".ini", ".cfg", ".xmp", ".aux", ".prj", ".tfw", ".jgw", ".pgw", ".wld", ".kml",
+    ".geojson", ".shp", ".shx", ".dbf", ".cpg", ".qml", ".vrt", ".ovr", ".md5", ".sha1",
+    ".sha256", ".sha512", ".crc", ".sig", ".asc", ".tmp", ".temp", ".part", ".partial",
+    ".crdownload", ".bak", ".swp", ".lock", ".err", ".out", ".py", ".ipynb", ".sh", ".bat",
+    ".mp4", ".mov", ".avi", ".mkv", ".wav", ".mp3", ".doc", ".docx", ".xls", ".xlsx", ".ppt",
+    ".pptx", ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tgz",
+])  # fmt: skip
+"""Never images: counted as skipped. Compressed archives too: they have no offsets to read by."""
+SIDECAR_NAMES = frozenset([
+    "readme", "license", "licence", "copying", "authors", "changelog", "notice", "makefile",
+    "manifest", "thumbs.db", "desktop.ini", "_success", "_metadata", "_common_metadata",
+    "checksums", "md5sums", "sha256sums", "dockerfile",
+])  # fmt: skip
 
 
 def kind_of_name(path: str) -> Kind:

@@ -1,7 +1,7 @@
 """What a run folder says: whose it is, what is planned, what is committed. Nothing else remembers.
 
-Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``, ``masks.zarr/mask/c/<f>``,
-``manifest/NNN.json``. A resume is a listing of the commits, subtracted from the plan.
+Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``,
+``masks.zarr/mask/c/<f>``, ``manifest/NNN.json``. A resume is a listing of the commits, subtracted from the plan.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ import pyarrow as pa
 
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
-from pipeline.formats.parquet import Ranged
 from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
 from pipeline.layout import ARRAY, COMMITS, MASKS, Layout, class_attributes, group_json
 from pipeline.plan import FRAGMENTS, fragments_table, path_of_round
+from pipeline.ranged import Ranged
 from pipeline.storage import Found, Store
 from pipeline.tables import read_table, write_table
 from pipeline.tile import Grid
@@ -65,7 +65,8 @@ class Ledger:
         ledger = cls.find(store)
         if ledger is None:
             raise RunRefused(
-                f"{store.uri} holds no run (no {RUN}); check the path or start one with `maskfleet segment`"
+                f"{store.uri} holds no run (no {RUN}); "
+                "check the path or start one with `maskfleet segment`"
             )
         return ledger
 
@@ -89,7 +90,8 @@ class Ledger:
             ) from error
         if found != FORMAT_VERSION:
             raise RunRefused(
-                f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; use the version that wrote it"
+                f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; "
+                "use the version that wrote it"
             )
         return cls(store, run)
 
@@ -134,8 +136,8 @@ class Ledger:
         """
         if bundle_sha256 != self.run["bundle"]["sha256"]:
             raise RunRefused(
-                f"{self.store.uri} was made with model {self.model_version}, this is {bundle_sha256[:12]}; "
-                "a new model means a new run: choose another --out"
+                f"{self.store.uri} was made with model {self.model_version}, "
+                f"this is {bundle_sha256[:12]}; a new model means a new run: choose another --out"
             )
         differ = [
             f"{k} is {a!r} there, {b!r} here"
@@ -143,7 +145,8 @@ class Ledger:
         ]
         if differ:
             raise RunRefused(
-                f"{self.store.uri} belongs to another config ({'; '.join(differ)}); choose another --out, or drop the change"
+                f"{self.store.uri} belongs to another config ({'; '.join(differ)}); "
+                "choose another --out, or drop the change"
             )
 
     @cached_property
@@ -238,6 +241,13 @@ class Ledger:
     def commit(self, fragment: int, data: bytes) -> bool:
         """Put a fragment's object; False if another's is there already."""
         return self.store.create(self.layout.commit_path(fragment), data)
+
+    def begin_attempt(self, fragment: int) -> int:
+        """Write down that work on a fragment begins; how many times it has begun before."""
+        number, note = 0, json.dumps({"began": now(), "token": uuid.uuid4().hex}).encode()
+        while not self.store.create(f"attempts/{fragment}/{number}", note):
+            number += 1
+        return number
 
     def header(self, commit: Commit) -> Header:
         """What a committed object says of itself.

@@ -2,17 +2,14 @@
 
 Round 0 holds the whole archive. A later round holds what is new, what changed (by etag, then by
 the SHA-256 of its bytes), what is tried again, and the keys that are gone. ``plan/NNN.parquet`` is
-one create-only object with one row group per fragment; ``NNN.fragments.parquet`` is derived from it.
+one create-only object with a row group per fragment; ``NNN.fragments.parquet`` is derived from it.
 """
 
-import fnmatch
 import hashlib
 import io
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,12 +17,10 @@ import pyarrow.parquet as pq
 
 from pipeline import formats
 from pipeline.config import Fragments, SegmentConfig
-from pipeline.decode import sniff
-from pipeline.errors import RunRefused, StorageMissing
-from pipeline.keys import escape, path_of
-from pipeline.kinds import kind_of_name
+from pipeline.keys import escape
+from pipeline.listing import Listing, discover, key_of
 from pipeline.records import PlannedImage
-from pipeline.storage import Found, Store, open_store
+from pipeline.storage import Found, Store
 
 SCHEMA = pa.schema(
     [
@@ -56,19 +51,8 @@ FRAGMENTS = pa.schema(
     ]
 )
 
-INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
 CHUNK = 65_536  # rows collected before they become Arrow: bounds the driver's memory
 SMALLEST, PARTS = 16, 64  # a fragment holds clamp(N / 64, 16, fragment.images) images
-
-
-@dataclass(slots=True)
-class Listing:
-    """What a walk through the source has met, beside the images themselves."""
-
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Objects and members that are no images, by the suffix or the reason that says so."""
-    left_out: int = 0
-    """Images that --include, --exclude or --limit left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,99 +67,6 @@ class Round:
     def images(self) -> int:
         """How many images it asks for."""
         return pc.sum(pc.greater_equal(self.table["fragment"], 0)).as_py() or 0
-
-
-# ---------------------------------------------------------------------------------------- listing
-
-
-def discover(
-    store: Store, config: SegmentConfig, listing: Listing
-) -> Iterator[tuple[Found, str, formats.Entry]]:
-    """Every image below the source with the format that fetches it, in key order of the objects.
-
-    Raises:
-        RunRefused: if the source is not there or the format unknown.
-    """
-    if config.format != "auto":
-        formats.load(config.format)
-    with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
-        for found, name, entries in _in_order(
-            pool, _objects(store), lambda f: _indexed(store, f, config.format)
-        ):
-            if name == "skip":
-                listing.skipped[_suffix(found)] += 1
-            for entry in entries:
-                if entry.skipped:
-                    listing.skipped[f"{name} member"] += 1
-                elif _chosen(_key(found, entry), config):
-                    yield found, name, entry
-                else:
-                    listing.left_out += 1
-
-
-def _objects(store: Store) -> Iterator[Found]:
-    try:
-        yield from store.list()
-    except StorageMissing as error:
-        raise RunRefused(f"cannot read the source: {error}") from error
-
-
-def _in_order(pool, items: Iterable[Found], work: Callable) -> Iterator:  # noqa: ANN001
-    """`pool.map` that looks ahead a little only: a listing may have millions of objects."""
-    waiting: deque[Future] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= 8 * INDEXED_AT_ONCE:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _indexed(store: Store, found: Found, wanted: str) -> tuple[Found, str, Iterable[formats.Entry]]:
-    name = _format_of(store, found, wanted)
-    if name == "skip":
-        return found, name, ()
-    return found, name, list(formats.load(name).index(store, found))
-
-
-def _format_of(store: Store, found: Found, wanted: str) -> str:
-    kind = kind_of_name(found.path)
-    if not found.regular or kind == "skip":
-        return "skip"
-    if wanted != "auto":
-        return wanted
-    if kind == "image":
-        return "files"
-    # A shard by name, or a suffix that says nothing: its first bytes decide.
-    content = sniff(store.read(found.path, 0, 512)) if found.nbytes else None
-    by_content = {"TAR": "webdataset", "PARQUET": "parquet", None: None}.get(content, "files")
-    if kind == "unknown":
-        return by_content or "skip"
-    return "files" if by_content == "files" else by_content or kind
-
-
-def _suffix(found: Found) -> str:
-    if not found.regular:
-        return "not a regular file"
-    name = found.path.rstrip("/").rpartition("/")[2]
-    return (
-        "folder marker"
-        if found.path.endswith("/")
-        else "." + escape(name.rpartition(".")[2])
-        if "." in name
-        else escape(name)
-    )
-
-
-def _key(found: Found, entry: formats.Entry) -> str:
-    path = escape(found.path)
-    return path if entry.member is None else f"{path}#{entry.member}"
-
-
-def _chosen(key: str, config: SegmentConfig) -> bool:
-    if config.include and not any(fnmatch.fnmatchcase(key, glob) for glob in config.include):
-        return False
-    return not any(fnmatch.fnmatchcase(key, glob) for glob in config.exclude)
 
 
 # ----------------------------------------------------------------------------------------- rounds
@@ -215,13 +106,16 @@ def plan_round(
     """What is to be done now that ``known`` is already planned.
 
     Args:
+        store: the source.
+        config: what is asked for.
+        listing: learns what was skipped or left out.
         known: the live images of all earlier rounds, by key; empty for round 0.
         first: the numbers this round starts with.
     """
     rows, unseen = _Rows(), set(known)
     limit = config.limit
     for found, name, entry in discover(store, config, listing):
-        key = _key(found, entry)
+        key = key_of(found, entry)
         before = known.get(key)
         unseen.discard(key)
         change = _change(store, found, entry, before, config)
@@ -295,7 +189,7 @@ def _change(
 
 
 def _digest(store: Store, found: Found, entry: formats.Entry) -> str | None:
-    """SHA-256 of the encoded bytes as they are now; None for table rows, which are read by column."""
+    """SHA-256 of the encoded bytes as they are now; None for table rows, read by column."""
     if entry.member is not None and entry.offset is None:
         return None
     length = None if entry.offset is None else entry.nbytes
@@ -319,8 +213,8 @@ def _removed(ids: list[int], keys: dict[int, str]) -> pa.Table:
     rows = _Rows()
     for image_id in ids:
         rows.add(
-            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0, etag="", format="",
-            fragment=-1, problem=None, change="removed", replaces=image_id,
+            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0, etag="",
+            format="", fragment=-1, problem=None, change="removed", replaces=image_id,
         )  # fmt: skip
     return rows.table()
 
@@ -378,19 +272,3 @@ def read_fragment(file: pq.ParquetFile, row_group: int) -> list[PlannedImage]:
     names = [f for f in PlannedImage.__dataclass_fields__ if f in SCHEMA.names]
     table = file.read_row_group(row_group, columns=names)
     return [PlannedImage(**row) for row in table.to_pylist()]
-
-
-def source_of(config: SegmentConfig) -> Store:
-    """The store of the source."""
-    return open_store(config.source)
-
-
-def head(store: Store, image: PlannedImage, nbytes: int) -> bytes:
-    """The first bytes of an image, for a look at its size; b"" where there are none to be had."""
-    if image.problem or (image.member is not None and image.offset is None):
-        return b""
-    length = min(nbytes, image.nbytes) if image.offset is not None else nbytes
-    try:
-        return store.read(path_of(image.key), image.offset or 0, length)
-    except StorageMissing:
-        return b""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live bar on a terminal, one line per interval elsewhere."""
+"""What a person sees while a run goes on: a live bar on a terminal, a line per interval elsewhere."""
 
 import json
 import logging
@@ -90,9 +90,8 @@ def watched(
 
 
 def _bar(receipts: Iterable[Receipt], tally: Tally) -> Iterator[Receipt]:
-    columns = (
-        TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), note)
     with Progress(*columns, transient=True) as bar:
         shown = bar.add_task("", total=tally.total, note="")
         for receipt in receipts:
@@ -102,7 +101,8 @@ def _bar(receipts: Iterable[Receipt], tally: Tally) -> Iterator[Receipt]:
 
 
 def _note(tally: Tally) -> str:
-    return f"{tally.pixels / 1e6:.0f} MP  {tally.rate:.1f}/s  ETA {duration(tally.eta_s)}  rejected {tally.rejected}"
+    speed = f"{tally.pixels / 1e6:.0f} MP  {tally.rate:.1f}/s  ETA {duration(tally.eta_s)}"
+    return f"{speed}  rejected {tally.rejected}"
 
 
 def facts(tally: Tally) -> dict[str, object]:

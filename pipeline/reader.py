@@ -40,7 +40,7 @@ def open_run(uri: str) -> "Run":
 
 
 class Run:
-    """A run folder, read only. Tables are those of the newest finished round, else of the commits."""
+    """A run folder, read only. Tables are those of the newest final round, else of the commits."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import formats
 from pipeline.batch import pack
+from pipeline.careful import segment_carefully
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import ImageRejected
@@ -129,9 +130,21 @@ def _fetched(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImag
 
 
 def segment(
-    encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: "Clock"
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    segmenter: Segmenter,
+    clock: "Clock",
+    slots: int | None = None,
 ) -> Iterator[MeasuredMask | RejectedImage]:
-    """Encoded images to masks: the leg that wants a GPU and the cores beside it."""
+    """Encoded images to masks: the leg that wants a GPU and the cores beside it.
+
+    Args:
+        encoded: images of one fragment, in plan order.
+        line: the run's line.
+        segmenter: the model.
+        clock: books the seconds.
+        slots: what is left of the fragment's slots; all of them by default.
+    """
     layout, ontology = line.ledger.layout, line.ledger.classes
 
     def sink_for(picture: Picture) -> MaskSink:
@@ -141,7 +154,7 @@ def segment(
         return LargeMask(store, picture, ontology, layout.dtype, layout.fill, layout.confidence)
 
     aside: list[RejectedImage] = []
-    pictures = decoded(encoded, line, aside)
+    pictures = decoded(encoded, line, aside, layout.slots if slots is None else slots)
     tiles = cut(clock.over("decode", pictures), line.grid)
     batches = pack(
         tiles, line.ledger.budget, line.config.batch.window_mb * 1024**2, line.grid.stride
@@ -153,6 +166,15 @@ def segment(
     yield from aside
 
 
+def attempt(
+    task: Task, encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: "Clock"
+) -> Iterator[MeasuredMask | RejectedImage]:
+    """`segment`; but if an earlier attempt at this fragment did not end, image by image in a child."""
+    if line.ledger.begin_attempt(task.fragment) == 0:
+        return segment(encoded, line, segmenter, clock)
+    return segment_carefully(encoded, line, line.ledger.layout.slots)
+
+
 def store(task: Task, object_bytes: bytes, line: Line) -> bool:
     """Commit a fragment; False if another attempt was first (its object is the truth)."""
     return line.ledger.commit(task.fragment, object_bytes)
@@ -162,13 +184,13 @@ def store(task: Task, object_bytes: bytes, line: Line) -> bool:
 
 
 def decoded(
-    encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage]
+    encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage], left: int
 ) -> Iterator[Picture]:
     """Pictures in plan order, decoded a little ahead in threads; the others go aside."""
     limits = DecodeLimits(
         max_bytes=line.config.decode.max_bytes, max_pixels=line.config.decode.max_pixels
     )
-    layout, left = line.ledger.layout, line.ledger.layout.slots
+    layout = line.ledger.layout
     for item, digest, outcome in _ahead(encoded, limits, line.config.compute.decode_threads):
         size = None if item.data is None else len(item.data)
         if isinstance(outcome, Verdict):
@@ -293,7 +315,7 @@ def run_fragment(task: Task, line: Line, segmenter: Segmenter) -> Receipt | None
         return None
     clock = Clock()
     encoded = list(clock.over("load", load(line.images(task), line)))
-    data, receipt = object_of(task, segment(encoded, line, segmenter, clock), line)
+    data, receipt = object_of(task, attempt(task, encoded, line, segmenter, clock), line)
     start = time.perf_counter()
     mine = store(task, data, line)
     seconds = {**clock.seconds, "store": time.perf_counter() - start}
@@ -303,7 +325,7 @@ def run_fragment(task: Task, line: Line, segmenter: Segmenter) -> Receipt | None
 def run_here(
     tasks: Iterable[Task], line: Line, segmenter: Segmenter, workers: int, stop: threading.Event
 ) -> Iterator[Receipt]:
-    """Every fragment in this process, ``workers`` at a time; after ``stop`` only those in flight."""
+    """Every fragment in this process, ``workers`` at a time; after ``stop`` those in flight."""
     todo = iter(tasks)
     flying: set[Future[Receipt | None]] = set()
     with ThreadPoolExecutor(workers, thread_name_prefix="segment") as pool:

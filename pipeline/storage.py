@@ -1,4 +1,4 @@
-"""Where bytes lie: a folder on this machine or a prefix of a bucket. S3 lives here and nowhere else.
+"""Where bytes lie: a folder on this machine or a prefix of a bucket. S3 lives here alone.
 
 One primitive carries all commits: `create`, which writes a whole object only if there is none.
 S3: one plain PUT with ``If-None-Match: *``, never multipart. Local: fsync, ``link(2)``, fsync the
@@ -71,7 +71,7 @@ class Store(Protocol):
     def read(
         self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> bytes:
-        """Bytes of an object; fewer than asked for where it ends. `ObjectChanged` if etag differs."""
+        """Bytes of an object, fewer where it ends. `ObjectChanged` if the etag differs."""
         ...
 
     def stat(self, path: str) -> Found | None:
@@ -105,12 +105,14 @@ def open_store(uri: str) -> Store:
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.DOTALL)
         if not match or "?" in uri or "#" in uri:
             raise RunRefused(
-                f"{printable(_without_secrets(uri))} is not s3://bucket/prefix; give bucket and prefix only"
+                f"{printable(_without_secrets(uri))} is not s3://bucket/prefix; "
+                "give bucket and prefix only"
             )
         return S3Store(match.group(1), (match.group(2) or "").strip("/"))
     if "://" in uri or "::" in uri:
         raise RunRefused(
-            f"{printable(_without_secrets(uri))}: only local paths and s3://bucket/prefix can be read and written"
+            f"{printable(_without_secrets(uri))}: "
+            "only local paths and s3://bucket/prefix can be read and written"
         )
     return LocalStore(Path(uri))
 
@@ -147,7 +149,8 @@ def check_create_only(store: Store) -> None:
     if not first or second or not kept.startswith(b"first"):
         raise RunRefused(
             f"{store.uri} overwrites an object that must not exist (it ignores If-None-Match: *); "
-            "commits would not be safe there. Use a store with conditional writes (AWS S3, Ceph, a local disk)"
+            "commits would not be safe there. "
+            "Use a store with conditional writes (AWS S3, Ceph, a local disk)"
         )
 
 
@@ -173,7 +176,7 @@ class LocalStore:
 
     def _below(self, folder: str, shown: str) -> Iterator[Found]:
         with _translated(folder), os.scandir(folder) as entries:
-            # A folder sorts as "name/", so that the walk is in byte order of whole paths, like S3's.
+            # A folder sorts as "name/": so the walk is in byte order of whole paths, like S3's.
             inside = sorted(
                 ((e.name + "/" if e.is_dir(follow_symlinks=False) else e.name, e) for e in entries),
                 key=lambda pair: os.fsencode(pair[0]),
@@ -187,7 +190,7 @@ class LocalStore:
     def _found(self, full: str, path: str) -> Found:
         try:
             about = os.lstat(full)
-            regular = os.path.isfile(full) and self._inside(full)
+            regular = Path(full).is_file() and self._inside(full)
             if regular:
                 about = os.stat(full)  # noqa: PTH116 - full may hold undecodable bytes
         except OSError:
@@ -197,7 +200,7 @@ class LocalStore:
         )
 
     def _inside(self, full: str) -> bool:
-        if not os.path.islink(full):
+        if not Path(full).is_symlink():
             return True
         real = os.path.realpath(full)
         return real.startswith(os.path.realpath(self.root) + os.sep)
@@ -218,7 +221,7 @@ class LocalStore:
     def stat(self, path: str) -> Found | None:
         """See `Store.stat`."""
         full = str(self._at(path))
-        if not os.path.isfile(full):
+        if not Path(full).is_file():
             return None
         return self._found(full, path)
 
@@ -240,8 +243,8 @@ class LocalStore:
                     errno.EXDEV,
                 }:
                     raise RunRefused(
-                        f"the file system of {self.root} has no hard links ({error.strerror}), which commits need; "
-                        "write to a local disk or to S3"
+                        f"the file system of {self.root} has no hard links ({error.strerror}), "
+                        "which commits need; write to a local disk or to S3"
                     ) from error
                 raise
             finally:
@@ -539,8 +542,9 @@ def _short(error: BaseException) -> str:
 
 _MISSING = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
 _DENIED = {
-    "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401", "ExpiredToken", "UserSuspended",
-    "RequestTimeTooSkewed", "AllAccessDisabled", "InvalidToken", "TokenRefreshRequired", "Forbidden",
+    "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401", "ExpiredToken",
+    "UserSuspended", "RequestTimeTooSkewed", "AllAccessDisabled", "InvalidToken",
+    "TokenRefreshRequired", "Forbidden",
 }  # fmt: skip
 
 
@@ -562,7 +566,8 @@ def _verdict(error: Exception, where: str) -> Exception | None:
         "CredentialRetrievalError",
     }:
         return StorageDenied(
-            f"{where}: no usable credentials (set the AWS environment variables, a profile or a role)"
+            f"{where}: no usable credentials "
+            "(set the AWS environment variables, a profile or a role)"
         )
     if type(error).__name__ in {"ParamValidationError", "InvalidRegionError", "NoRegionError"}:
         return StorageError(f"{where}: {printable(str(error))}")

@@ -1,18 +1,18 @@
 """Parquet tables to and from bytes, in the calling thread.
 
-pyarrow's dataset reader (`pq.read_table`) pre-buffers in threads of its own, which may drop the last
-reference to a Python buffer while the interpreter shuts down: the process then aborts after its
-work is done (pyarrow 26, seen in one of ten `maskfleet status`). `ParquetFile` reads in this thread.
+pyarrow's dataset reader (`pq.read_table`) pre-buffers in threads of its own, which may drop the
+last reference to a Python buffer while the interpreter shuts down: the process then aborts after
+its work is done (pyarrow 26, seen in one of ten `maskfleet status`). `ParquetFile` reads in this
+thread.
 """
 
 import io
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def read_table(source: bytes | BinaryIO, columns: list[str] | None = None) -> pa.Table:
+def read_table(source: bytes | io.IOBase, columns: list[str] | None = None) -> pa.Table:
     """A whole table, or some columns of it."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)

@@ -103,7 +103,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileAnswer:
-    """What the model says of a tile: finished rows of a whole picture, or native scores of a part."""
+    """What the model says of a tile: finished rows of a whole picture, native scores of a part."""
 
     tile: Tile
     rows: Rows | None = None

@@ -1,6 +1,6 @@
-"""Check a run again, byte by byte, from run folder and plan alone: every object, hash, count, statistic.
+"""Check a run again, byte by byte: every object, hash, count, statistic.
 
-Each finding is a sentence that names the object. Nothing is repaired here: a damaged fragment is
+Only the run folder is read, never the source. Each finding is a sentence that names the object. Nothing is repaired here: a damaged fragment is
 mended by deleting its object and running the same `segment` command again.
 """
 
@@ -104,7 +104,8 @@ def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
             fragments[0] != next_fragment
             or np.any((np.diff(fragments) < 0) | (np.diff(fragments) > 1))
         ):
-            yield f"plan/{number:03d}.parquet: fragments do not go on from {next_fragment} without gaps"
+            where = f"plan/{number:03d}.parquet"
+            yield f"{where}: fragments do not go on from {next_fragment} without gaps"
         if not ledger.fragments(number).equals(fragments_table(plan)):
             yield f"plan/{number:03d}.fragments.parquet: does not say what the plan says"
         next_id += len(ids)
@@ -157,7 +158,8 @@ def _tables(
         zip(header.images["image_id"].to_pylist(), header.images["key"].to_pylist(), strict=True)
     )
     if said != planned:
-        yield f"{commit.path}: holds {len(said)} images, other ones than the {len(planned)} of the plan"
+        other = f"other ones than the {len(planned)} of the plan"
+        yield f"{commit.path}: holds {len(said)} images, {other}"
     if header.about.get("fragment") != commit.fragment:
         yield f"{commit.path}: says it is fragment {header.about.get('fragment')}"
     states = header.images["status"].to_pylist()
@@ -262,7 +264,8 @@ def _final(ledger: Ledger) -> Iterator[str]:
     """The tables people query, against the commits and against their manifest."""
     manifests = ledger.manifests()
     if manifests != ledger.rounds():
-        yield f"manifest/: finished rounds {manifests}, planned {ledger.rounds()}; run segment again"
+        rounds = f"finished rounds {manifests}, planned {ledger.rounds()}"
+        yield f"manifest/: {rounds}; run segment again"
         return
     manifest = ledger.manifest(manifests[-1])
     made, _ = final_tables(ledger)
@@ -274,6 +277,7 @@ def _final(ledger: Ledger) -> Iterator[str]:
             continue
         said = manifest["tables"][name]
         if hashlib.sha256(stored).hexdigest() != said["sha256"]:
-            yield f"final/{name}.parquet: its SHA-256 is not the one in manifest/{manifests[-1]:03d}.json"
+            place = f"manifest/{manifests[-1]:03d}.json"
+            yield f"final/{name}.parquet: its SHA-256 is not the one in {place}"
         elif name in FINAL and not read_table(stored).equals(read_table(fresh)):
             yield f"final/{name}.parquet: is not what the fragments say"

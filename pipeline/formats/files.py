@@ -1,15 +1,13 @@
 """Loose files below a prefix: one object is one image."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from pipeline.errors import StorageMissing
+from pipeline.fetching import in_flight, read_span, too_many_bytes
 from pipeline.formats import Entry
-from pipeline.keys import path_of
 from pipeline.kinds import OURS
-from pipeline.records import EncodedImage, PlannedImage, Verdict
-from pipeline.storage import Found, ObjectChanged, Store
+from pipeline.records import EncodedImage, PlannedImage
+from pipeline.storage import Found, Store
 
 SUFFIXES = tuple(sorted(OURS))
 
@@ -30,38 +28,3 @@ def _one(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
     if image.nbytes > limit:
         return EncodedImage(image, None, too_many_bytes(image, limit))
     return read_span(store, image, 0, None)
-
-
-def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
-    """The verdict on an image whose encoded size is beyond ``decode.max_bytes``."""
-    return Verdict(
-        "fetch", "too_large", f"{image.nbytes} encoded bytes, decode.max_bytes is {limit}"
-    )
-
-
-def read_span(store: Store, image: PlannedImage, start: int, length: int | None) -> EncodedImage:
-    """An image's bytes, or the verdict when the object is gone or another one."""
-    try:
-        data = store.read(path_of(image.key), start, length, etag=image.etag)
-    except StorageMissing:
-        return EncodedImage(
-            image, None, Verdict("fetch", "vanished", "was listed, is no longer there")
-        )
-    except ObjectChanged as error:
-        return EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
-    if length is not None and len(data) < length:
-        return EncodedImage(
-            image,
-            None,
-            Verdict("fetch", "truncated", f"its shard ends after {len(data)} of {length} bytes"),
-        )
-    return EncodedImage(image, data)
-
-
-def in_flight(read, images: Sequence[PlannedImage], threads: int) -> Iterator[EncodedImage]:  # noqa: ANN001
-    """`read` every image with so many requests in flight; answers in order."""
-    if threads == 1 or len(images) == 1:
-        yield from map(read, images)
-        return
-    with ThreadPoolExecutor(min(threads, len(images)), thread_name_prefix="fetch") as pool:
-        yield from pool.map(read, images)

@@ -1,12 +1,11 @@
 """Parquet shards with a column of encoded image bytes: one row is one image.
 
 The index reads footers only; sizes are the row group's mean. The column is found by name, then by
-type: ``image``, ``img``, ``image_bytes``, ``bytes``, ``content``, ``data``, ``jpg``, ``png``, …, also
-the ``bytes`` leaf of a struct (the Hugging Face layout ``image: {bytes, path}``); else the only
-binary column. A table without one is a single rejected row.
+type: ``image``, ``img``, ``image_bytes``, ``bytes``, ``content``, ``data``, ``jpg``, ``png``, …,
+also the ``bytes`` leaf of a struct (the Hugging Face layout ``image: {bytes, path}``); else the
+only binary column. A table without one is a single rejected row.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -14,16 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageMissing
-from pipeline.formats import Entry, files
+from pipeline.fetching import too_many_bytes
+from pipeline.formats import Entry
 from pipeline.keys import path_of, printable
+from pipeline.ranged import Ranged
 from pipeline.records import EncodedImage, PlannedImage, Verdict
 from pipeline.storage import Found, ObjectChanged, Store
 
 SUFFIXES = (".parquet", ".pq")
 
 COLUMNS = (
-    "image", "img", "image_bytes", "image.bytes", "img_bytes", "bytes", "content", "data", "jpg", "jpeg", "png",
-    "webp", "tif", "tiff", "picture", "photo",
+    "image", "img", "image_bytes", "image.bytes", "img_bytes", "bytes", "content", "data",
+    "jpg", "jpeg", "png", "webp", "tif", "tiff", "picture", "photo",
 )  # fmt: skip
 ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
 
@@ -140,35 +141,5 @@ def _encoded(image: PlannedImage, value: pa.Scalar, limit: int) -> EncodedImage:
         return EncodedImage(image, None, Verdict("fetch", "empty", "the cell is null"))
     data = value.as_py()
     if len(data) > limit:
-        return EncodedImage(image, None, files.too_many_bytes(image, limit))
+        return EncodedImage(image, None, too_many_bytes(image, limit))
     return EncodedImage(image, data)
-
-
-class Ranged(io.RawIOBase):
-    """An object of a store as a seekable file of range requests."""
-
-    def __init__(self, store: Store, path: str, nbytes: int, etag: str | None) -> None:
-        self._store, self._path, self._nbytes, self._etag = store, path, nbytes, etag
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
-        )
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._nbytes - self._at)
-        length = left if size is None or size < 0 else min(size, left)
-        data = self._store.read(self._path, self._at, length, etag=self._etag) if length else b""
-        self._at += len(data)
-        return data

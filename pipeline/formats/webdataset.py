@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from pipeline.errors import StorageMissing
-from pipeline.formats import Entry, files
+from pipeline.fetching import in_flight, read_span, too_many_bytes
+from pipeline.formats import Entry
 from pipeline.keys import member_part, printable
 from pipeline.kinds import kind_of_name
 from pipeline.records import EncodedImage, PlannedImage
@@ -73,13 +74,13 @@ def fetch(
     store: Store, images: Sequence[PlannedImage], threads: int, limit: int
 ) -> Iterator[EncodedImage]:
     """Byte ranges of the shard, many requests in flight, in order."""
-    yield from files.in_flight(partial(_one, store, limit), images, threads)
+    yield from in_flight(partial(_one, store, limit), images, threads)
 
 
 def _one(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
     if image.nbytes > limit:
-        return EncodedImage(image, None, files.too_many_bytes(image, limit))
-    return files.read_span(store, image, image.offset or 0, image.nbytes)
+        return EncodedImage(image, None, too_many_bytes(image, limit))
+    return read_span(store, image, image.offset or 0, image.nbytes)
 
 
 class _Forward(io.RawIOBase):

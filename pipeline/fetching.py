@@ -1,0 +1,46 @@
+"""How any format gets bytes out of a store: many requests in flight, answers in order, verdicts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.errors import StorageMissing
+from pipeline.keys import path_of
+from pipeline.records import EncodedImage, PlannedImage, Verdict
+from pipeline.storage import ObjectChanged, Store
+
+
+def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
+    """The verdict on an image whose encoded size is beyond ``decode.max_bytes``."""
+    return Verdict(
+        "fetch", "too_large", f"{image.nbytes} encoded bytes, decode.max_bytes is {limit}"
+    )
+
+
+def read_span(store: Store, image: PlannedImage, start: int, length: int | None) -> EncodedImage:
+    """An image's bytes, or the verdict when the object is gone or another one."""
+    try:
+        data = store.read(path_of(image.key), start, length, etag=image.etag)
+    except StorageMissing:
+        return EncodedImage(
+            image, None, Verdict("fetch", "vanished", "was listed, is no longer there")
+        )
+    except ObjectChanged as error:
+        return EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
+    if length is not None and len(data) < length:
+        return EncodedImage(
+            image,
+            None,
+            Verdict("fetch", "truncated", f"its shard ends after {len(data)} of {length} bytes"),
+        )
+    return EncodedImage(image, data)
+
+
+def in_flight(
+    read: Callable[[PlannedImage], EncodedImage], images: Sequence[PlannedImage], threads: int
+) -> Iterator[EncodedImage]:
+    """`read` every image with so many requests in flight; answers in order."""
+    if threads == 1 or len(images) == 1:
+        yield from map(read, images)
+        return
+    with ThreadPoolExecutor(min(threads, len(images)), thread_name_prefix="fetch") as pool:
+        yield from pool.map(read, images)

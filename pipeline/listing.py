@@ -1,0 +1,130 @@
+"""What lies in the source: a walk that finds every image and the format that fetches it."""
+
+import fnmatch
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pipeline import formats
+from pipeline.config import SegmentConfig
+from pipeline.errors import RunRefused, StorageMissing
+from pipeline.headers import sniff
+from pipeline.keys import escape, path_of
+from pipeline.kinds import kind_of_name
+from pipeline.records import PlannedImage
+from pipeline.storage import Found, Store
+
+INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
+
+
+@dataclass(slots=True)
+class Listing:
+    """What a walk through the source has met, beside the images themselves."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Objects and members that are no images, by the suffix or the reason that says so."""
+    left_out: int = 0
+    """Images that --include, --exclude or --limit left out."""
+
+
+def discover(
+    store: Store, config: SegmentConfig, listing: Listing
+) -> Iterator[tuple[Found, str, formats.Entry]]:
+    """Every image below the source with the format that fetches it, in key order of the objects.
+
+    Raises:
+        RunRefused: if the source is not there or the format unknown.
+    """
+    if config.format != "auto":
+        formats.load(config.format)
+    with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
+        for found, name, entries in _in_order(
+            pool, _objects(store), lambda f: _indexed(store, f, config.format)
+        ):
+            if name == "skip":
+                listing.skipped[_suffix(found)] += 1
+            for entry in entries:
+                if entry.skipped:
+                    listing.skipped[f"{name} member"] += 1
+                elif _chosen(key_of(found, entry), config):
+                    yield found, name, entry
+                else:
+                    listing.left_out += 1
+
+
+def _objects(store: Store) -> Iterator[Found]:
+    try:
+        yield from store.list()
+    except StorageMissing as error:
+        raise RunRefused(f"cannot read the source: {error}") from error
+
+
+def _in_order(pool, items: Iterable[Found], work: Callable) -> Iterator:  # noqa: ANN001
+    """`pool.map` that looks ahead a little only: a listing may have millions of objects."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= 8 * INDEXED_AT_ONCE:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _indexed(store: Store, found: Found, wanted: str) -> tuple[Found, str, Iterable[formats.Entry]]:
+    name = _format_of(store, found, wanted)
+    if name == "skip":
+        return found, name, ()
+    return found, name, list(formats.load(name).index(store, found))
+
+
+def _format_of(store: Store, found: Found, wanted: str) -> str:
+    kind = kind_of_name(found.path)
+    if not found.regular or kind == "skip":
+        return "skip"
+    if wanted != "auto":
+        return wanted
+    if kind == "image":
+        return "files"
+    # A shard by name, or a suffix that says nothing: its first bytes decide.
+    content = sniff(store.read(found.path, 0, 512)) if found.nbytes else None
+    by_content = {"TAR": "webdataset", "PARQUET": "parquet", None: None}.get(content, "files")
+    if kind == "unknown":
+        return by_content or "skip"
+    return "files" if by_content == "files" else by_content or kind
+
+
+def _suffix(found: Found) -> str:
+    if not found.regular:
+        return "not a regular file"
+    name = found.path.rstrip("/").rpartition("/")[2]
+    return (
+        "folder marker"
+        if found.path.endswith("/")
+        else "." + escape(name.rpartition(".")[2])
+        if "." in name
+        else escape(name)
+    )
+
+
+def key_of(found: Found, entry: formats.Entry) -> str:
+    """The key of an image: the escaped path of its object, and its member in there."""
+    path = escape(found.path)
+    return path if entry.member is None else f"{path}#{entry.member}"
+
+
+def _chosen(key: str, config: SegmentConfig) -> bool:
+    if config.include and not any(fnmatch.fnmatchcase(key, glob) for glob in config.include):
+        return False
+    return not any(fnmatch.fnmatchcase(key, glob) for glob in config.exclude)
+
+
+def head(store: Store, image: PlannedImage, nbytes: int) -> bytes:
+    """The first bytes of an image, for a look at its size; b"" where there are none to be had."""
+    if image.problem or (image.member is not None and image.offset is None):
+        return b""
+    length = min(nbytes, image.nbytes) if image.offset is not None else nbytes
+    try:
+        return store.read(path_of(image.key), image.offset or 0, length)
+    except StorageMissing:
+        return b""

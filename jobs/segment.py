@@ -4,16 +4,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from functools import partial
 from types import FrameType
 
 import tyro
 import yaml
 
 from jobs import ended
-from pipeline.archive import Here, Outcome, Place, segment_archive
-from pipeline.config import SegmentConfig, from_mapping
+from pipeline.archive import Found, Here, Outcome, Place, segment_archive
+from pipeline.config import Compute, SegmentConfig, from_mapping
 from pipeline.errors import EXIT_DONE, RunRefused
 from pipeline.progress import duration
+from pipeline.run import Receipt, Task
 from pipeline.storage import absolute, open_store
 
 SMALL = (
@@ -37,13 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 def parsed(arguments: list[str]) -> SegmentConfig:
     """The config: defaults, then ``--config FILE.yaml``, then flags."""
     arguments, file = _without_config(arguments)
-    default = _from_file(file, arguments) if file else None
-    config = tyro.cli(
-        SegmentConfig,
-        prog="maskfleet segment",
-        args=arguments,
-        **({} if default is None else {"default": default}),
-    )
+    cli = partial(tyro.cli, SegmentConfig, prog="maskfleet segment", args=arguments)
+    config = cli(default=_from_file(file)) if file else cli()
     return config.model_copy(
         update={"source": absolute(config.source), "out": absolute(config.out)}
     )
@@ -60,7 +58,7 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
     return arguments, None
 
 
-def _from_file(path: str, arguments: list[str]) -> SegmentConfig:
+def _from_file(path: str) -> SegmentConfig:
     folder, _, name = absolute(path).rpartition("/")
     try:
         values = yaml.safe_load(open_store(folder or "/").read(name))
@@ -76,7 +74,7 @@ def _from_file(path: str, arguments: list[str]) -> SegmentConfig:
 def _run(config: SegmentConfig) -> int:
     stop = threading.Event()
     _listen(stop)
-    place = place_for(config)
+    place = Chosen(config)
     try:
         outcome = segment_archive(config, place, stop)
     finally:
@@ -98,14 +96,42 @@ def _listen(stop: threading.Event) -> None:
         signal.signal(signal.SIGTERM, heard)
 
 
-def place_for(config: SegmentConfig) -> Place:
-    """Where to run: what --on says, else the surrounding Ray cluster, else here."""
-    where = config.on or ("auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "process")
-    if where == "process":
-        return Here(config.compute)
+class Chosen:
+    """The place that --on names; without it the surrounding Ray job's cluster, else by size."""
+
+    def __init__(self, config: SegmentConfig) -> None:
+        inside = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        self._where = config.on or ("auto" if inside else None)
+        self._compute = config.compute
+        self._place: Place | None = None
+
+    def _for(self, images: int) -> Place:
+        if self._place is None:
+            where = self._where or ("process" if images <= SMALL else "local")
+            self._place = (
+                Here(self._compute) if where == "process" else _on_ray(where, self._compute)
+            )
+        return self._place
+
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
+        """See `pipeline.archive.Place.found`."""
+        return self._for(images).found(bundle, images)
+
+    def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
+        """See `pipeline.archive.Place.run`."""
+        todo = list(tasks)
+        yield from self._for(sum(task.images for task in todo)).run(todo, run_uri, stop)
+
+    def close(self) -> None:
+        """See `pipeline.archive.Place.close`."""
+        if self._place is not None:
+            self._place.close()
+
+
+def _on_ray(where: str, compute: Compute) -> Place:
     from pipeline.cluster import OnRay  # Ray takes a second to import
 
-    return OnRay(where, config.compute)
+    return OnRay(where, compute)
 
 
 def _told(config: SegmentConfig, outcome: Outcome) -> int:
@@ -116,19 +142,24 @@ def _told(config: SegmentConfig, outcome: Outcome) -> int:
 
         sys.stdout.write(json.dumps(receipt) + "\n")
         return outcome.exit_code
+    skipped = sum(receipt["skipped"].values())
     if receipt.get("dry_run"):
-        skipped = sum(receipt["skipped"].values())
         sys.stdout.write(
-            f"dry run: {receipt['images']} images ({receipt['encoded_bytes'] / 1e6:.1f} MB) to do {receipt['changes']}, "
-            f"{skipped} objects skipped, {receipt['left_out']} left out; nothing was written\n"
+            f"dry run: {receipt['images']} images ({receipt['encoded_bytes'] / 1e6:.1f} MB) "
+            f"to do {receipt['changes']}, {skipped} objects skipped, "
+            f"{receipt['left_out']} left out; nothing was written\n"
         )
         return EXIT_DONE
     counts, call = receipt["counts"], receipt["this_call"]
     lines = [
-        f"{counts['done']} masks, {counts['rejected_total']} rejected of {counts['planned']} images"
-        f" ({sum(receipt['skipped'].values())} other objects skipped)",
-        f"this call: {call['images']} images, {call['megapixels']:.1f} MP in {duration(call['seconds'])}"
-        f" ({call['images_per_second']:.1f} images/s)",
+        (
+            f"{counts['done']} masks, {counts['rejected_total']} rejected"
+            f" of {counts['planned']} images ({skipped} other objects skipped)"
+        ),
+        (
+            f"this call: {call['images']} images, {call['megapixels']:.1f} MP"
+            f" in {duration(call['seconds'])} ({call['images_per_second']:.1f} images/s)"
+        ),
         *(f"  rejected: {n} {reason}" for reason, n in counts["rejected"].items()),
         f"run: {config.out}",
     ]

@@ -42,15 +42,21 @@ def _as_json(now: Status) -> str:
 def _as_text(now: Status) -> str:
     rejected = ", ".join(f"{n} {reason}" for reason, n in now.rejected.items())
     lines = [
-        f"{now.done} done, {sum(now.rejected.values())} rejected, {now.pending} pending of {now.planned} images",
-        f"{now.committed} of {now.fragments} fragments committed, {now.megapixels} MP, round {now.rounds - 1},"
-        f" {'finished' if now.finished else 'not finished'}",
+        (
+            f"{now.done} done, {sum(now.rejected.values())} rejected, {now.pending} pending"
+            f" of {now.planned} images"
+        ),
+        (
+            f"{now.committed} of {now.fragments} fragments committed, {now.megapixels} MP,"
+            f" round {now.rounds - 1}, {'finished' if now.finished else 'not finished'}"
+        ),
     ]
     if rejected:
         lines.append(f"rejected: {rejected}")
     if now.per_second is not None:
         lines.append(
-            f"{now.per_second} images/s lately, ETA {duration(now.eta_s)}, last commit {duration(now.last_commit_s_ago)} ago"
+            f"{now.per_second} images/s lately, ETA {duration(now.eta_s)}, "
+            f"last commit {duration(now.last_commit_s_ago)} ago"
         )
     lines.append(f"model {now.model}; a newer model means a new run folder")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Check a run byte by byte: every object, hash, count and statistic, from run folder and plan alone."""
+"""Check a run byte by byte, from its folder alone: every object, hash, count and statistic."""
 
 import json
 import sys
@@ -42,7 +42,10 @@ def _as_text(findings: Findings) -> str:
     lines = [f"WRONG  {problem}" for problem in findings.problems[:SHOWN]]
     if len(findings.problems) > SHOWN:
         lines.append(f"… and {len(findings.problems) - SHOWN} more")
-    checked = f"{findings.objects} fragments, {findings.images} images, {findings.pixels / 1e6:.1f} MP read again"
+    megapixels = findings.pixels / 1e6
+    checked = (
+        f"{findings.objects} fragments, {findings.images} images, {megapixels:.1f} MP read again"
+    )
     verdict = (
         f"{len(findings.problems)} problems" if findings.problems else "all is as the run says"
     )

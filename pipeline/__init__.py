@@ -17,7 +17,7 @@ __all__ = ["open_run"]
 def open_run(uri: str) -> "Run":
     """Open a run folder to read it.
 
-    ``open_run(uri).mask(key)`` is a mask; ``.images``, ``.class_stats`` and ``.rejected`` are tables.
+    ``open_run(uri).mask(key)`` is a mask; ``.images``, ``.class_stats``, ``.rejected`` are tables.
     """
     from pipeline.reader import open_run  # pyarrow and zarr: not needed to import a sibling
 

@@ -1,7 +1,8 @@
 """A whole archive: refuse or plan, run what is missing, make it final.
 
-This is what `maskfleet segment` calls. A call first finishes what is planned, then lists the source and plans one more round if it has
-changed. Where the fragments run is somebody else's business (`Place`): this process, or a cluster.
+This is what `maskfleet segment` calls. A call first finishes what is planned, then lists the source
+and plans one more round if it has changed. Where the fragments run is somebody else's business
+(`Place`): this process, or a cluster.
 """
 
 import json
@@ -37,7 +38,7 @@ from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
 from pipeline.records import PlannedImage
 from pipeline.run import Line, Receipt, Task, run_here
-from pipeline.storage import Store, check_create_only, open_store
+from pipeline.storage import PREFLIGHT, Store, check_create_only, open_store
 from pipeline.tables import read_table
 from pipeline.tile import Grid
 
@@ -63,8 +64,8 @@ class Found:
 class Place(Protocol):
     """Where fragments are run."""
 
-    def found(self, bundle: tuple[bytes, bytes]) -> Found:
-        """Load the model there, once, and find the pixel budget."""
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
+        """Load the model there, once, and find the pixel budget for a run of so many images."""
         ...
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
@@ -83,11 +84,8 @@ class Here:
         self._compute = compute
         self._segmenter: Any = None
 
-    def found(self, bundle: tuple[bytes, bytes]) -> Found:
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
         """See `Place.found`."""
-        return self._on(bundle)
-
-    def _on(self, bundle: tuple[bytes, bytes]) -> Found:
         from pipeline.infer import Segmenter  # torch: not needed to plan, refuse or show help
 
         self._segmenter = Segmenter(*bundle, self._compute.device)
@@ -141,6 +139,11 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
         ledger = _create(config, source, out, bundle, card, place, listing)
     ledger.refuse_other(config, card.sha256)
     ledger.ensure_bundle(bundle)
+    if ledger.rounds():
+        ledger.ensure_array()
+    else:  # its driver was killed between claim and plan
+        cap = ledger.layout.slots if ledger.layout.kind == "stacked" else None
+        ledger.add_round(0, _as_object(_first_round(config, source, listing, cap), listing))
     tally = Tally(0)
     counts = _finish_rounds(ledger, config, place, stop, tally)
     if not fresh and _extend(ledger, config, source, listing):
@@ -221,12 +224,12 @@ def _tallied(column: pa.ChunkedArray) -> dict[str, int]:
 
 def _refuse_strangers(out: Store) -> None:
     try:
-        stranger = next(iter(out.list()), None)
+        stranger = next((f for f in out.list() if not f.path.startswith(PREFLIGHT)), None)
     except StorageMissing as error:
         if "bucket" in str(error):
             raise RunRefused(f"--out: {error}") from error
         return
-    if stranger is not None:
+    if stranger is not None and out.stat(RUN) is None:  # a driver may be a moment ahead of us
         raise RunRefused(
             f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); "
             "choose an empty folder"
@@ -244,15 +247,9 @@ def _create(
 ) -> Ledger:
     """A new run: look at everything, then claim the folder and write round 0."""
     _refuse_strangers(out)
-    plan = plan_round(source, config, listing, {}, Start())
-    if not plan.images:
-        skipped = f"; skipped {dict(listing.skipped)}" if listing.skipped else ""
-        raise RunRefused(
-            f"there are no images below {source.uri}{skipped}; "
-            "check the path, --include and --exclude"
-        )
+    plan = _first_round(config, source, listing)
     check_create_only(out)
-    found = place.found(bundle)
+    found = place.found(bundle, plan.images)
     layout = _layout(config, source, plan, card)
     about = {
         "name": config.model,
@@ -266,6 +263,19 @@ def _create(
     ledger.refuse_other(config, card.sha256)  # another driver may have been first
     ledger.add_round(0, _as_object(plan, listing))
     return ledger
+
+
+def _first_round(
+    config: SegmentConfig, source: Store, listing: Listing, cap: int | None = None
+) -> Round:
+    plan = plan_round(source, config, listing, {}, Start(cap=cap))
+    if not plan.images:
+        skipped = f"; skipped {dict(listing.skipped)}" if listing.skipped else ""
+        raise RunRefused(
+            f"there are no images below {source.uri}{skipped}; "
+            "check the path, --include and --exclude"
+        )
+    return plan
 
 
 def _as_object(plan: Round, listing: Listing) -> bytes:
@@ -351,7 +361,7 @@ def _tasks(ledger: Ledger) -> tuple[list[Task], int]:
     for number in ledger.rounds():
         for row in ledger.fragments(number).to_pylist():
             if row["fragment"] not in commits:
-                tasks.append(Task(row["fragment"], number, row["row_group"]))
+                tasks.append(Task(row["fragment"], number, row["row_group"], row["images"]))
                 images += row["images"]
     return tasks, images
 
@@ -464,6 +474,8 @@ def _receipt(ledger: Ledger, counts: Counts, tally: Tally, listing: Listing) -> 
             "seconds": round(whole, 3),
             "seconds_first_to_last_fragment": None if steady is None else round(steady, 3),
             "images_per_second": round(tally.answered / whole, 3),
+            "images_per_second_first_to_last_fragment": steady
+            and round((tally.answered - tally.first_images) / steady, 3),
             "megapixels_per_second": round(tally.pixels / 1e6 / whole, 3),
             "seconds_per_leg": {leg: round(s, 3) for leg, s in sorted(tally.seconds.items())},
         },

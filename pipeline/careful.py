@@ -1,10 +1,10 @@
 """A fragment whose first attempt did not end: each image in a child process that may die.
 
-Before work on a fragment begins, its attempt is written down (`Ledger.begin_attempt`). If an earlier
-one is there and no commit, something killed it: perhaps the machine, perhaps one of the images. So
-every image is decoded and predicted alone in a child with limits on time and memory. The one that
-kills or hangs its child is rejected; a new child goes on with the next. The answers are the same as
-in company (they never depend on batch mates); only slower.
+Before work on a fragment begins, its attempt is written down (`Ledger.begin_attempt`). If an
+earlier one is there and no commit, something killed it: perhaps the machine, perhaps one of the
+images. So every image is decoded and predicted alone in a child with limits on time and memory. The
+one that kills or hangs its child is rejected; a new child goes on with the next. The answers are
+the same as in company (they never depend on batch mates); only slower.
 """
 
 import os

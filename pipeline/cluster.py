@@ -9,6 +9,9 @@ Different ``num_cpus`` keep Ray from fusing the legs; actors never hold every CP
 rebuild lost rows could never start (FAULTS §0.5).
 """
 
+# Ray Data types a leg as a function of one batch, though `fn_args` gives it more.
+# pyright: reportArgumentType=false
+
 import json
 import logging
 import os
@@ -18,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -42,6 +45,7 @@ os.environ.setdefault(
 import ray
 import ray.data as rd
 import ray.exceptions
+from ray.data.exceptions import RayDataUserCodeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
@@ -65,11 +69,15 @@ class OnRay:
                 "give host:port, or submit a job"
             )
         self._compute = compute
-        self._local = where == "local"
-        _quiet()
-        self._connect(where)
+        self._where, self._local = where, where == "local"
+        self._connected = False
 
-    def _connect(self, where: str) -> None:
+    def _connect(self) -> None:
+        """Reach the cluster, or start one: as late as possible, so that a refusal costs nothing."""
+        if self._connected:
+            return
+        where = self._where
+        _quiet()
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if self._local:
@@ -91,13 +99,16 @@ class OnRay:
                 ray.init(address=where, runtime_env=shipped, **common)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
+        self._connected = True
 
     def close(self) -> None:
         """Leave the cluster; one that we started ends."""
-        ray.shutdown()
+        if self._connected:
+            ray.shutdown()
 
-    def found(self, bundle: tuple[bytes, bytes]) -> Found:
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
         """See `pipeline.archive.Place.found`: on a worker, since the driver may have no GPU."""
+        self._connect()
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self._gpus)
         return Found(**_waited(probe.remote(bundle, self._compute.device)))
 
@@ -109,15 +120,13 @@ class OnRay:
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `pipeline.archive.Place.run`."""
+        self._connect()
         todo = list(tasks)
         settings = {name: os.environ[name] for name in FORWARDED if name in os.environ}
         about = (run_uri, self._compute.model_dump_json(), json.dumps(settings))
         _same_folder_everywhere(run_uri)
         _tune(self._compute)
-        rows = [
-            pa.table({"fragment": [t.fragment], "round": [t.round], "row_group": [t.row_group]})
-            for t in todo
-        ]
+        rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
         legs = rd.from_arrow(rows)
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
         legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
@@ -126,9 +135,8 @@ class OnRay:
         )
         legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
         try:
-            for batch in legs.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
+            batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+            for batch in cast("Iterable[pa.Table]", batches):
                 for row in batch.to_pylist():
                     if row["receipt"]:
                         yield _receipt(row["receipt"])
@@ -136,7 +144,7 @@ class OnRay:
                     return
         except (
             ray.exceptions.RayError,
-            rd.exceptions.RayDataUserCodeException,
+            RayDataUserCodeException,
             TimeoutError,
         ) as error:
             raise _translated(error) from error
@@ -239,9 +247,12 @@ def _line(run_uri: str, compute: str, settings: str) -> Line:
     return Line.open(run_uri, Compute.model_validate_json(compute))
 
 
+_TASK = tuple(Task.__dataclass_fields__)  # the columns that every leg passes on
+
+
 def _task(table: pa.Table) -> Task:
     row = table.slice(0, 1).to_pylist()[0]
-    return Task(row["fragment"], row["round"], row["row_group"])
+    return Task(**{name: row[name] for name in _TASK})
 
 
 def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
@@ -255,7 +266,7 @@ def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Tabl
         "verdicts": pa.array([json.dumps(verdicts)]),
         "seconds": pa.array([json.dumps({"load": time.perf_counter() - start})]),
     }
-    return pa.table({**{name: table[name] for name in ("fragment", "round", "row_group")}, **row})
+    return pa.table({**{name: table[name] for name in _TASK}, **row})
 
 
 class _Segment:
@@ -267,7 +278,7 @@ class _Segment:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         task, line = _task(table), self._line
-        keep = {name: table[name] for name in ("fragment", "round", "row_group")}
+        keep = {name: table[name] for name in _TASK}
         if line.ledger.is_committed(task.fragment):
             return pa.table(
                 {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}

@@ -22,27 +22,27 @@ class _Knobs(BaseModel):
 class Fragments(_Knobs):
     """How the archive is cut into units of work, retry and commit."""
 
-    bytes: int = Field(64 * 1024**2, ge=1)
+    bytes: int = Field(default=64 * 1024**2, ge=1)
     """Encoded bytes of a fragment at most."""
-    images: int = Field(1024, ge=1)
+    images: int = Field(default=1024, ge=1)
     """Images of a fragment at most; small archives get smaller fragments (a 64th, at least 16)."""
 
 
 class Decode(_Knobs):
     """What is still taken for a picture."""
 
-    max_bytes: int = Field(512 * 1024**2, ge=1)
+    max_bytes: int = Field(default=512 * 1024**2, ge=1)
     """Encoded bytes; more is rejected as too_large."""
-    max_pixels: int = Field(256_000_000, ge=1)
+    max_pixels: int = Field(default=256_000_000, ge=1)
     """Height times width; more is rejected as too_large."""
 
 
 class Tile(_Knobs):
     """How a picture that is too large for one pass is cut and put together again."""
 
-    size: int | None = Field(None, ge=16)
+    size: int | None = Field(default=None, ge=16)
     """Side of a tile in pixels; default: the model bundle's, else 1024."""
-    overlap: int | None = Field(None, ge=0)
+    overlap: int | None = Field(default=None, ge=0)
     """Pixels that neighbouring tiles share; default: the bundle's, else 128.
     More hides seams and costs (size / (size - overlap))² work."""
     taper: Literal["gaussian", "linear"] = "gaussian"
@@ -52,30 +52,30 @@ class Tile(_Knobs):
 class Batch(_Knobs):
     """How tiles of many pictures share one pass of the model."""
 
-    pixels: int | None = Field(None, ge=1)
+    pixels: int | None = Field(default=None, ge=1)
     """Padded pixels of a batch at most; default: found by a probe when the run is created."""
-    window_mb: int = Field(512, ge=1)
+    window_mb: int = Field(default=512, ge=1)
     """Decoded megabytes a fragment may hold while its batches fill."""
 
 
 class Compute(_Knobs):
     """What may be used to do the work. Does not change the answers."""
 
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
     """Segmenting workers; default: one per GPU, else one per core."""
-    decode_threads: int = Field(2, ge=1)
+    decode_threads: int = Field(default=2, ge=1)
     """Threads that decode ahead of the model, per worker."""
-    fetch_threads: int = Field(16, ge=1)
+    fetch_threads: int = Field(default=16, ge=1)
     """Requests in flight while a fragment's bytes are fetched."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: a GPU where there is one."""
-    image_timeout_s: float = Field(300.0, gt=0)
+    image_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds for one image once its fragment has failed before; then it is rejected as timeout."""
-    image_memory_mb: int = Field(8192, ge=256)
+    image_memory_mb: int = Field(default=8192, ge=256)
     """Memory for one image once its fragment has failed before; then it is rejected as killed."""
-    object_store_mb: int = Field(512, ge=80)
+    object_store_mb: int = Field(default=512, ge=80)
     """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
-    no_progress_s: int = Field(900, ge=10)
+    no_progress_s: int = Field(default=900, ge=10)
     """A cluster run without any progress for so long stops, resumably."""
 
 
@@ -92,7 +92,7 @@ class SegmentConfig(_Knobs):
     """`process` (this one), `local` (Ray on this machine) or the address of a Ray cluster.
     Default: the surrounding cluster inside a Ray job, else process for small archives, local
     beyond."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Plan at most so many images (the first ones, by key)."""
     include: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Only keys that match one of these globs (`*` crosses `/`)."""
@@ -106,16 +106,16 @@ class SegmentConfig(_Knobs):
     """Plan, count and check everything, then stop before writing anything."""
     layout: Literal["flat", "stacked"] = "flat"
     """flat: every mask at its own size; stacked: one [N,H,W] array of masks of one size."""
-    size: str | None = Field(None, pattern=r"^\d+x\d+$")
+    size: str | None = Field(default=None, pattern=r"^\d+x\d+$")
     """HxW of the stacked layout; default: the size all probed images share."""
     confidence: bool = False
     """Store each pixel's confidence (uint8, 255 = certain) beside its class."""
-    slot_bytes: int | None = Field(None, ge=4096)
+    slot_bytes: int | None = Field(default=None, ge=4096)
     """Pixels of one inner chunk of the flat layout, a power of two; default: from probed image
     sizes."""
     log: Literal["auto", "text", "json"] = "auto"
     """auto: a live bar on a terminal, plain lines elsewhere."""
-    interval_s: float = Field(10.0, gt=0)
+    interval_s: float = Field(default=10.0, gt=0)
     """Seconds between progress lines where there is no terminal."""
     fragment: Fragments = Fragments()
     decode: Decode = Decode()

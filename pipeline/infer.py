@@ -46,7 +46,9 @@ class Segmenter:
         if self.device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(1)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        # torch's own stub of Module.to leaves memory_format out.
+        model = model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model = model.eval()
         self.stride: int = model.stride
         self.min_side: int = model.min_side
         self.receptive_field: int | None = model.receptive_field
@@ -64,7 +66,7 @@ class Segmenter:
     # ------------------------------------------------------------------------------- predicting
 
     def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
-        """Answers to every tile, in order of the batches; a tile that does not fit has a failure."""
+        """Answers to every tile, in the batches' order; a tile that does not fit has a failure."""
         for batch in batches:
             most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
             for start in range(0, len(batch.tiles), most):
@@ -290,10 +292,10 @@ def _counted(index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int) -> tup
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    first = parts[0]
+    sure = [p.confidence_HW for p in parts if p.confidence_HW is not None]  # all have it, or none
     return Rows(
         np.concatenate([p.labels_HW for p in parts]),
-        None if first.confidence_HW is None else np.concatenate([p.confidence_HW for p in parts]),
+        np.concatenate(sure) if sure else None,
         np.sum([p.counts_K for p in parts], axis=0),
         np.sum([p.confidences_K for p in parts], axis=0),
     )

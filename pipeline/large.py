@@ -75,7 +75,9 @@ class LargeMask:
 
     def _write_band(self, height: int) -> None:
         labels = np.concatenate([part.labels_HW for part in self.kept])
-        sure = np.concatenate([part.confidence_HW for part in self.kept])
+        # A large picture is always asked for its confidences: its statistics come from them.
+        certainties = (part.confidence_HW for part in self.kept)
+        sure = np.concatenate([part for part in certainties if part is not None])
         self.kept = (
             [Rows(labels[height:], sure[height:], *_nothing)] if len(labels) > height else []
         )

@@ -1,7 +1,8 @@
 """What a run folder says: whose it is, what is planned, what is committed. Nothing else remembers.
 
 Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``,
-``masks.zarr/mask/c/<f>``, ``manifest/NNN.json``. A resume is a listing of the commits, subtracted from the plan.
+``masks.zarr/mask/c/<f>``, ``manifest/NNN.json``. A resume is a listing of the commits, subtracted
+from the plan.
 """
 
 import contextlib
@@ -219,13 +220,23 @@ class Ledger:
     def add_round(self, number: int, data: bytes) -> None:
         """Write a round's plan, unless another driver has; then grow the array to hold it."""
         self.store.create(path_of_round(number), data)
-        fragments = self.fragments(number)
-        last = max(fragments["fragment"].to_pylist(), default=-1)
+        self.ensure_array()
+
+    def ensure_array(self) -> None:
+        """Write the Zarr metadata of all that is planned, if a killed driver has not."""
+        for path, data in self.array_files().items():
+            if self.store.stat(path) is None or self.store.read(path) != data:
+                self.store.replace(path, data)
+
+    def array_files(self) -> dict[str, bytes]:
+        """The Zarr metadata that belongs to the planned rounds, by path."""
         attributes = class_attributes(self.classes, self.layout.fill)
-        if number == 0:
-            self.store.replace(f"{MASKS}/zarr.json", group_json(attributes))
-        if last >= 0:
-            self.store.replace(f"{ARRAY}/zarr.json", self.layout.array_json(last + 1, attributes))
+        files = {f"{MASKS}/zarr.json": group_json(attributes)}
+        planned = [f for n in self.rounds() for f in self.fragments(n)["fragment"].to_pylist()]
+        if planned:
+            array = self.layout.array_json(max(planned) + 1, attributes)
+            files[f"{ARRAY}/zarr.json"] = array
+        return files
 
     # -------------------------------------------------------------------------- what is committed
 

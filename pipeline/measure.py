@@ -73,9 +73,8 @@ class SlotMask:
         labels = np.concatenate([part.labels_HW for part in self.parts])
         certainty: tuple[bytes, ...] = ()
         if self.layout.confidence:
-            values = np.concatenate([part.confidence_HW for part in self.parts]).astype(
-                labels.dtype
-            )
+            sure = [part.confidence_HW for part in self.parts if part.confidence_HW is not None]
+            values = np.concatenate(sure).astype(labels.dtype)
             certainty = tuple(slots_of(values, self.layout.slot, self.layout.fill))
         counts, sums = summed(self.parts)
         frames = tuple(slots_of(labels, self.layout.slot, self.layout.fill))

@@ -5,6 +5,9 @@ the SHA-256 of its bytes), what is tried again, and the keys that are gone. ``pl
 one create-only object with a row group per fragment; ``NNN.fragments.parquet`` is derived from it.
 """
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import io
 import json
@@ -213,8 +216,8 @@ def _removed(ids: list[int], keys: dict[int, str]) -> pa.Table:
     rows = _Rows()
     for image_id in ids:
         rows.add(
-            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0, etag="",
-            format="", fragment=-1, problem=None, change="removed", replaces=image_id,
+            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0,
+            etag="", format="", fragment=-1, problem=None, change="removed", replaces=image_id,
         )  # fmt: skip
     return rows.table()
 

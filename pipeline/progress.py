@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a line per interval elsewhere."""
+"""What a person sees of a run: a live bar on a terminal, one line per interval elsewhere."""
 
 import json
 import logging
@@ -33,13 +33,16 @@ class Tally:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     first_landed: float | None = None
+    first_images: int = 0
+    """Images of the fragment that landed first: its work lies before the steady stretch."""
     last_landed: float | None = None
     recent: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
         """Count a fragment in."""
         now = time.monotonic()
-        self.first_landed = self.first_landed or now
+        if self.first_landed is None:
+            self.first_landed, self.first_images = now, receipt.done + receipt.rejected
         self.last_landed = now
         self.done += receipt.done
         self.rejected += receipt.rejected

@@ -4,6 +4,9 @@ Nothing here is needed to read a run: zarr, xarray, DuckDB and polars do (README
 and speed: a mask is one range request and one decompression per slot.
 """
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 from collections.abc import Iterator
 from functools import cached_property

@@ -57,6 +57,7 @@ class Task:
     fragment: int
     round: int
     row_group: int
+    images: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def segment(
 def attempt(
     task: Task, encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: "Clock"
 ) -> Iterator[MeasuredMask | RejectedImage]:
-    """`segment`; but if an earlier attempt at this fragment did not end, image by image in a child."""
+    """`segment`; where an earlier attempt did not end, image by image in a child process."""
     if line.ledger.begin_attempt(task.fragment) == 0:
         return segment(encoded, line, segmenter, clock)
     return segment_carefully(encoded, line, line.ledger.layout.slots)

@@ -37,6 +37,7 @@ T = TypeVar("T")
 RETRIES = 6  # waits 0.5, 1, 2, 4, 8 s (with jitter): outlasts a restart of the server, FAULTS §A.6
 MAX_PUT = 5 * 1024**3  # S3's limit for one plain PUT
 CONNECT_S, READ_S = 5, 30  # botocore's defaults are 60 s each: a hung server would cost minutes
+PREFLIGHT = ".preflight-"  # how the names of trial objects begin; a killed driver may leave one
 COMPARED = 65_536  # bytes at each end that settle whose object it is; our tokens lie within them
 
 
@@ -118,7 +119,8 @@ def open_store(uri: str) -> Store:
 
 
 def _without_secrets(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri.partition("?")[0])
+    # Up to the last @: keys hold slashes, passwords anything. After ? or # may be a signature.
+    return re.split("[?#]", re.sub(r"//.*@", "//***@", uri, flags=re.DOTALL), maxsplit=1)[0]
 
 
 def absolute(uri: str) -> str:
@@ -132,7 +134,7 @@ def check_create_only(store: Store) -> None:
     Raises:
         RunRefused: if a second create overwrites, or the place cannot be written.
     """
-    path = f".preflight-{secrets.token_hex(8)}"
+    path = f"{PREFLIGHT}{secrets.token_hex(8)}"
     try:
         first = store.create(path, b"first " + path.encode())
         second = store.create(path, b"second " + path.encode())
@@ -190,7 +192,7 @@ class LocalStore:
     def _found(self, full: str, path: str) -> Found:
         try:
             about = os.lstat(full)
-            regular = Path(full).is_file() and self._inside(full)
+            regular = os.path.isfile(full) and self._inside(full)  # noqa: PTH113 - never raises
             if regular:
                 about = os.stat(full)  # noqa: PTH116 - full may hold undecodable bytes
         except OSError:
@@ -221,7 +223,7 @@ class LocalStore:
     def stat(self, path: str) -> Found | None:
         """See `Store.stat`."""
         full = str(self._at(path))
-        if not Path(full).is_file():
+        if not os.path.isfile(full):  # noqa: PTH113 - Path.is_file raises on a folder we may not enter
             return None
         return self._found(full, path)
 
@@ -336,10 +338,8 @@ class S3Store:
         while True:
             page = self._call("list_objects_v2", Prefix=start, **token)
             for entry in page.get("Contents", ()):
-                etag = entry["ETag"].strip('"')
-                yield Found(
-                    entry["Key"][cut:], entry["Size"], etag, entry["LastModified"].timestamp()
-                )
+                since = entry["LastModified"].timestamp()
+                yield Found(entry["Key"][cut:], entry["Size"], _etag(entry), since)
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -356,38 +356,26 @@ class S3Store:
             else {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
         )
 
-        async def body() -> tuple[dict[str, Any], bytes]:
-            answer = await _connection().call(
-                "get_object", Bucket=self.bucket, Key=self._key(path), **span
-            )
-            async with answer["Body"] as stream:
-                return answer, await stream.read()
-
         def attempt() -> bytes:
             try:
-                answer, data = _connection().wait(body())
+                answer, data = _connection().wait(self._body(path, span))
             except Exception as error:
-                if _code(error) in {
-                    "InvalidRange",
-                    "416",
-                }:  # starts beyond the end: nothing to read
+                if _code(error) in {"InvalidRange", "416"}:  # begins beyond the end
                     return b""
                 raise
-            now = answer["ETag"].strip('"')
-            if etag is not None and now != etag:
+            if etag is not None and _etag(answer) != etag:
                 raise ObjectChanged(f"{printable(path)} was written again since it was planned")
-            if len(data) != answer["ContentLength"]:
-                raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes arrived")
-            encrypted = (
-                answer.get("ServerSideEncryption", "AES256") != "AES256"
-                or "SSECustomerAlgorithm" in answer
-            )
-            if not span and re.fullmatch(r"[0-9a-f]{32}", now) and not encrypted:
-                if hashlib.md5(data, usedforsecurity=False).hexdigest() != now:
-                    raise ConnectionError("the body does not match its MD5 ETag")
+            _check_arrived(answer, data, whole=not span)
             return data
 
         return self._patiently(attempt, path)
+
+    async def _body(self, path: str, span: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+        answer = await _connection().call(
+            "get_object", Bucket=self.bucket, Key=self._key(path), **span
+        )
+        async with answer["Body"] as stream:
+            return answer, await stream.read()
 
     def stat(self, path: str) -> Found | None:
         """See `Store.stat`."""
@@ -395,9 +383,7 @@ class S3Store:
             head = self._call("head_object", path, Key=self._key(path))
         except StorageMissing:
             return None
-        return Found(
-            path, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp()
-        )
+        return Found(path, head["ContentLength"], _etag(head), head["LastModified"].timestamp())
 
     def create(self, path: str, data: bytes) -> bool:
         """See `Store.create`."""
@@ -469,6 +455,23 @@ class S3Store:
                     ) from None
                 time.sleep(0.5 * 2**turn * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise AssertionError
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return answer["ETag"].strip('"')
+
+
+def _check_arrived(answer: dict[str, Any], data: bytes, *, whole: bool) -> None:
+    """All the bytes, and of a whole object the right ones: its ETag is their MD5, mostly."""
+    if len(data) != answer["ContentLength"]:
+        raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes arrived")
+    encrypted = (
+        answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+    )
+    if not whole or encrypted or not re.fullmatch(r"[0-9a-f]{32}", _etag(answer)):
+        return
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != _etag(answer):
+        raise ConnectionError("the body does not match its MD5 ETag")
 
 
 class _Connection:

@@ -14,7 +14,7 @@ Shapes: K classes; G, g rows and columns of the native grid (stride pixels a cel
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -80,7 +80,7 @@ class Tile:
     width: int
 
     @property
-    def values_HWC(self) -> Array:
+    def values_HWC(self) -> Array:  # noqa: N802 - a name that carries its shape
         """Its pixels (a view)."""
         return self.picture.pixels.values_HWC[
             self.y : self.y + self.height, self.x : self.x + self.width
@@ -146,11 +146,13 @@ def stitch(answers: Iterable[TileAnswer], grid: Grid, finish: Finish) -> Iterato
     open_canvases: dict[int, _Canvas] = {}
     for answer in answers:
         picture = answer.tile.picture
-        if answer.rows is not None or answer.failure:
+        if answer.scores_KGg is None:
             yield Strip(picture, answer.rows, last=True, failure=answer.failure)
             continue
-        canvas = open_canvases.setdefault(picture.plan.image_id, _Canvas(picture, grid))
-        canvas.add(answer)
+        if picture.plan.image_id not in open_canvases:
+            open_canvases[picture.plan.image_id] = _Canvas.empty(picture, grid, answer.scores_KGg)
+        canvas = open_canvases[picture.plan.image_id]
+        canvas.add(answer.tile, answer.scores_KGg)
         yield from canvas.finished(answer.tile, finish)
         if canvas.complete(answer.tile):
             del open_canvases[picture.plan.image_id]
@@ -162,22 +164,30 @@ class _Canvas:
 
     picture: Picture
     grid: Grid
+    cells: tuple[int, int]
+    """Rows and columns of the whole grid."""
+    scores_KGg: Array
+    weights_Gg: Array
     top: int = 0
     """Grid row of the first kept row."""
     next_y: int = 0
     """First pixel row not handed out yet."""
-    scores_KGg: Array | None = None
-    weights_Gg: Array | None = None
     compared: int = 0
     disagreed: int = 0
-    cells: tuple[int, int] = field(default=(0, 0))
 
-    def add(self, answer: TileAnswer) -> None:
+    @classmethod
+    def empty(cls, picture: Picture, grid: Grid, scores_KGg: Array) -> "_Canvas":
+        """Nothing yet, of as many classes as the scores that are to come."""
+        pixels = picture.pixels
+        cells = (max(1, pixels.height // grid.stride), max(1, pixels.width // grid.stride))
+        kept_KGg = np.zeros((scores_KGg.shape[0], 0, cells[1]), scores_KGg.dtype)
+        return cls(picture, grid, cells, kept_KGg, np.zeros((0, cells[1]), scores_KGg.dtype))
+
+    def add(self, tile: Tile, scores: Array) -> None:
         """Lay a tile's scores over what is there."""
-        tile, scores = answer.tile, answer.scores_KGg
         stride = self.grid.stride
         height, width = scores.shape[1:]
-        self._make_room(scores.shape[0], tile.y // stride + height, scores.dtype)
+        self._make_room(tile.y // stride + height)
         weights = self._weights(tile, height, width)
         rows = slice(tile.y // stride - self.top, tile.y // stride - self.top + height)
         columns = slice(tile.x // stride, tile.x // stride + width)
@@ -190,12 +200,7 @@ class _Canvas:
         under += scores * weights
         before += weights
 
-    def _make_room(self, classes: int, bottom: int, dtype: np.dtype) -> None:
-        if self.scores_KGg is None:
-            stride, pixels = self.grid.stride, self.picture.pixels
-            self.cells = (max(1, pixels.height // stride), max(1, pixels.width // stride))
-            self.scores_KGg = np.zeros((classes, 0, self.cells[1]), dtype)
-            self.weights_Gg = np.zeros((0, self.cells[1]), dtype)
+    def _make_room(self, bottom: int) -> None:
         missing = bottom - self.top - self.scores_KGg.shape[1]
         if missing > 0:
             self.scores_KGg = np.pad(self.scores_KGg, ((0, 0), (0, missing), (0, 0)))

@@ -1,8 +1,12 @@
 """Check a run again, byte by byte: every object, hash, count, statistic.
 
-Only the run folder is read, never the source. Each finding is a sentence that names the object. Nothing is repaired here: a damaged fragment is
-mended by deleting its object and running the same `segment` command again.
+Only the run folder is read, never the source. Each finding is a sentence that names the object.
+Nothing is repaired here: a damaged fragment is mended by deleting its object and running the same
+`segment` command again.
 """
+
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
 
 import hashlib
 from collections.abc import Iterator
@@ -52,6 +56,7 @@ def verify(ledger: Ledger) -> Findings:
     problems = list(_bundle(ledger))
     plans = {n: ledger.plan(n) for n in ledger.rounds()}
     problems += list(_plans(ledger, plans))
+    problems += list(_array(ledger))
     planned = _by_fragment(plans)
     commits = ledger.commits()
     problems += [
@@ -110,6 +115,14 @@ def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
             yield f"plan/{number:03d}.fragments.parquet: does not say what the plan says"
         next_id += len(ids)
         next_fragment = int(fragments[-1]) + 1 if len(fragments) else next_fragment
+
+
+def _array(ledger: Ledger) -> Iterator[str]:
+    for path, data in ledger.array_files().items():
+        if ledger.store.stat(path) is None:
+            yield f"{path} is missing; run segment again"
+        elif ledger.store.read(path) != data:
+            yield f"{path}: does not say what the plan says; run segment again"
 
 
 def _by_fragment(plans: dict[int, pa.Table]) -> dict[int, list[tuple[int, str]]]:

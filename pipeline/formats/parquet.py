@@ -26,6 +26,7 @@ COLUMNS = (
     "image", "img", "image_bytes", "image.bytes", "img_bytes", "bytes", "content", "data",
     "jpg", "jpeg", "png", "webp", "tif", "tiff", "picture", "photo",
 )  # fmt: skip
+MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
 ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
 
 
@@ -34,7 +35,12 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
     try:
         table = pq.ParquetFile(Ranged(store, found.path, found.nbytes, found.etag))
         leaf = _leaf(table)
-        ordinal = 0
+        ordinal, rows = (
+            0,
+            sum(table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)),
+        )
+        if rows > MAX_ROWS:
+            raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
         for group in range(table.num_row_groups):
             about = table.metadata.row_group(group)
             total = about.column(leaf).total_uncompressed_size
@@ -44,6 +50,8 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
                 ordinal += 1
     except StorageMissing:
         yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
+    except ObjectChanged as error:
+        yield Entry(None, None, found.nbytes, problem=f"changed: {error}")
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = "empty" if found.nbytes == 0 else "corrupt"
         yield Entry(
@@ -71,7 +79,10 @@ def _leaf(table: pq.ParquetFile) -> int:
 
 
 def fetch(
-    store: Store, images: Sequence[PlannedImage], threads: int, limit: int
+    store: Store,
+    images: Sequence[PlannedImage],
+    threads: int,  # noqa: ARG001 - the contract
+    limit: int,
 ) -> Iterator[EncodedImage]:
     """Rows in order; each row group that is touched is read once, a few rows at a time."""
     for path, rows in groupby(images, key=lambda image: path_of(image.key)):

@@ -15,7 +15,7 @@ from pipeline.formats import Entry
 from pipeline.keys import member_part, printable
 from pipeline.kinds import kind_of_name
 from pipeline.records import EncodedImage, PlannedImage
-from pipeline.storage import Found, Store
+from pipeline.storage import Found, ObjectChanged, Store
 
 SUFFIXES = (".tar",)
 
@@ -52,6 +52,8 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
         )
     except StorageMissing:
         yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
+    except ObjectChanged as error:
+        yield Entry(None, None, found.nbytes, problem=f"changed: {error}")
 
 
 def _entry(member: tarfile.TarInfo, part: str, end: int) -> Entry:

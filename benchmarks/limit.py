@@ -1,10 +1,11 @@
 """End to end against the machine's own limit: cores / (sum of single-thread costs of the stages).
 
-    python -m benchmarks.limit PICTURES... [--images 600] [--model demo] [--on process local] [--repeats 3]
+    python -m benchmarks.limit PICTURES... [--images 600] [--model demo] [--on process local]
+        [--repeats 3]
 
 The stages are measured one by one in one thread of this process on pictures of the corpus; the runs
-are whole commands in processes of their own, interleaved. Reported: pictures/s and megapixels/s from
-first fragment to last and of the whole command, each as a fraction of the limit.
+are whole commands in processes of their own, interleaved. Reported: pictures/s and megapixels/s
+from first fragment to last and of the whole command, each as a fraction of the limit.
 """
 
 import argparse
@@ -29,10 +30,19 @@ from pipeline.tile import Grid, Picture, cut
 STAGES = ("read", "decode", "predict", "encode")
 
 
-def stage_costs(files: list[Path], segmenter: Segmenter, budget: int) -> tuple[dict[str, float], float]:
+def stage_costs(
+    files: list[Path], segmenter: Segmenter, budget: int
+) -> tuple[dict[str, float], float]:
     """Single-thread seconds per picture of each stage, and megapixels per picture."""
     about = segmenter.bundle.tile
-    grid = Grid(about.size if about else 1024, about.overlap if about else 128, segmenter.stride, "gaussian", segmenter.receptive_field, segmenter.min_side)
+    grid = Grid(
+        about.size if about else 1024,
+        about.overlap if about else 128,
+        segmenter.stride,
+        "gaussian",
+        segmenter.receptive_field,
+        segmenter.min_side,
+    )
     spent, megapixels, decoded = dict.fromkeys(STAGES, 0.0), 0.0, []
     for number, file in enumerate(files):
         start = time.perf_counter()
@@ -44,23 +54,48 @@ def stage_costs(files: list[Path], segmenter: Segmenter, budget: int) -> tuple[d
         megapixels += pixels.height * pixels.width / 1e6
         plan = PlannedImage(number, file.name, str(file), None, None, len(data), "", "files", 0)
         rows, columns = grid.offsets(pixels.height), grid.offsets(pixels.width)
-        decoded.append(Picture(plan, pixels, len(data), "", False, rows, columns))
+        decoded.append(
+            Picture(plan, pixels, len(data), "", large=False, rows=rows, columns=columns)
+        )
     whole = [p for p in decoded if not p.tiled]
     start = time.perf_counter()
-    answers = list(segmenter.predict(pack(cut(whole, grid), budget, 2**40, grid.stride), confidence=False))
+    answers = list(
+        segmenter.predict(pack(cut(whole, grid), budget, 2**40, grid.stride), confidence=False)
+    )
     spent["predict"] = time.perf_counter() - start
     start = time.perf_counter()
     for answer in answers:
         slots_of(answer.rows.labels_HW, 2**18, 255)
     spent["encode"] = time.perf_counter() - start
-    scale = {"read": len(decoded), "decode": len(decoded), "predict": len(whole), "encode": len(whole)}
-    return {stage: seconds / scale[stage] for stage, seconds in spent.items()}, megapixels / len(decoded)
+    scale = {
+        "read": len(decoded),
+        "decode": len(decoded),
+        "predict": len(whole),
+        "encode": len(whole),
+    }
+    return {stage: seconds / scale[stage] for stage, seconds in spent.items()}, megapixels / len(
+        decoded
+    )
 
 
 def run_once(source: Path, out: Path, model: str, on: str) -> dict[str, float]:
     """One whole command."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "jobs", "segment", str(source), "--out", str(out), "--model", model, "--on", on, "--log", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "segment",
+        str(source),
+        "--out",
+        str(out),
+        "--model",
+        model,
+        "--on",
+        on,
+        "--log",
+        "json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in {0, 3}:
         raise SystemExit(done.stderr)
@@ -74,7 +109,9 @@ def run_once(source: Path, out: Path, model: str, on: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--sample", type=int, default=48)
@@ -98,27 +135,42 @@ def main() -> None:
             cost, megapixels = stage_costs(sample, segmenter, budget)
             costs.append(cost)
             for on in given.on:
-                rates[on].append(run_once(source, Path(folder) / f"run-{on}-{turn}", given.model, on))
+                rates[on].append(
+                    run_once(source, Path(folder) / f"run-{on}-{turn}", given.model, on)
+                )
         cost, _ = stage_costs(sample, segmenter, budget)
         costs.append(cost)
     stage = {name: statistics.median(c[name] for c in costs) for name in STAGES}
     limit = cores / sum(stage.values())
     lines = [
-        f"{given.images} pictures of {megapixels:.3f} MP ({', '.join(p.name for p in given.pictures)}), budget {budget} px, {given.repeats} runs, medians",
+        (
+            f"{given.images} pictures of {megapixels:.3f} MP"
+            f" ({', '.join(p.name for p in given.pictures)}), budget {budget} px,"
+            f" {given.repeats} runs, medians"
+        ),
         "",
         "| stage | ms a picture, one thread |",
         "|---|---|",
         *(f"| {name} | {1000 * seconds:.2f} |" for name, seconds in stage.items()),
-        f"| work-bound limit, {cores} cores | {limit:.2f} pictures/s, {limit * megapixels:.2f} MP/s |",
+        (
+            f"| work-bound limit, {cores} cores"
+            f" | {limit:.2f} pictures/s, {limit * megapixels:.2f} MP/s |"
+        ),
         "",
-        "| --on | first to last fragment, pictures/s (MP/s) | of the limit | whole command, pictures/s (MP/s) | of the limit |",
+        (
+            "| --on | first to last fragment, pictures/s (MP/s) | of the limit"
+            " | whole command, pictures/s (MP/s) | of the limit |"
+        ),
         "|---|---|---|---|---|",
     ]
     for on, turns in rates.items():
         steady = statistics.median(t["steady"] for t in turns)
         whole = statistics.median(t["whole"] for t in turns)
         size = turns[0]["megapixels"]
-        lines.append(f"| {on} | {steady:.2f} ({steady * size:.2f}) | {steady / limit:.2f} | {whole:.2f} ({whole * size:.2f}) | {whole / limit:.2f} |")
+        lines.append(
+            f"| {on} | {steady:.2f} ({steady * size:.2f}) | {steady / limit:.2f}"
+            f" | {whole:.2f} ({whole * size:.2f}) | {whole / limit:.2f} |"
+        )
     record(f"end to end against the limit: {', '.join(p.name for p in given.pictures)}", lines)
 
 

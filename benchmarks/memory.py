@@ -3,7 +3,8 @@
     python -m benchmarks.memory PICTURES... [--images 10000] [--model demo] [--on process]
 
 Reported per process that lived through the run: memory after the first fifth, at the end, the peak,
-and the growth over the last four fifths (mean of the last tenth against the tenth after the first fifth).
+and the growth over the last four fifths (mean of the last tenth against the tenth after the first
+fifth).
 """
 
 import argparse
@@ -44,7 +45,9 @@ def sample(root: psutil.Process, seen: dict[tuple[int, str], list[tuple[float, i
 
 def main() -> None:
     """Run, sample, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pictures", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--model", default="demo")
@@ -54,9 +57,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = repeated(given.pictures, given.images, Path(folder) / "pictures")
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "jobs", "segment", str(source), "--out", str(out), "--model", given.model, "--on", given.on, "--log", "json"]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs",
+            "segment",
+            str(source),
+            "--out",
+            str(out),
+            "--model",
+            given.model,
+            "--on",
+            given.on,
+            "--log",
+            "json",
+        ]
         start = time.monotonic()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
             while process.poll() is None:
                 sample(psutil.Process(process.pid), seen)
                 time.sleep(1)
@@ -64,9 +83,15 @@ def main() -> None:
         seconds = time.monotonic() - start
     counts = receipt["counts"]
     lines = [
-        f"{counts['planned']} pictures: {counts['done']} done, {counts['rejected_total']} rejected, {seconds:.0f} s, --on {given.on}",
+        (
+            f"{counts['planned']} pictures: {counts['done']} done,"
+            f" {counts['rejected_total']} rejected, {seconds:.0f} s, --on {given.on}"
+        ),
         "",
-        "| process | after a fifth, MB | at the end, MB | peak, MB | growth over the last four fifths |",
+        (
+            "| process | after a fifth, MB | at the end, MB | peak, MB"
+            " | growth over the last four fifths |"
+        ),
         "|---|---|---|---|---|",
     ]
     for (pid, name), points in sorted(seen.items(), key=lambda item: item[0][1]):
@@ -76,7 +101,10 @@ def main() -> None:
         fifth, tenth = len(values) // 5, max(1, len(values) // 10)
         early, late = values[fifth : fifth + tenth], values[-tenth:]
         growth = (sum(late) / len(late)) / (sum(early) / len(early)) - 1
-        lines.append(f"| {name} {pid} | {early[0]:.0f} | {late[-1]:.0f} | {max(values):.0f} | {100 * growth:+.1f} % |")
+        lines.append(
+            f"| {name} {pid} | {early[0]:.0f} | {late[-1]:.0f} | {max(values):.0f}"
+            f" | {100 * growth:+.1f} % |"
+        )
     record("resident memory over a long run", lines)
 
 

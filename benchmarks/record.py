@@ -1,11 +1,11 @@
-"""Dated lines of RESULTS.md: what was measured, at which commit, on which machine, by which command."""
+"""Dated lines of RESULTS.md: what was measured, at which commit, where, by which command."""
 
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -14,21 +14,38 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 def machine() -> str:
     """Cores and processor, as far as the system tells."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.processor()}"
 
 
 def commit() -> str:
     """The short commit, with a + where the tree differs from it."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False
+    )
     return said.stdout.strip() or "unknown"
 
 
 def record(title: str, lines: list[str]) -> None:
     """Print the lines and append them to RESULTS.md."""
-    date = datetime.now(timezone.utc).date().isoformat()
+    date = datetime.now(UTC).date().isoformat()
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    text = "\n".join([f"## {date} {title}", "", f"{commit()}, {machine()}; load before: {os.getloadavg()[0]:.1f}", "", f"    {command}", "", *lines, ""])
+    text = "\n".join(
+        [
+            f"## {date} {title}",
+            "",
+            f"{commit()}, {machine()}; load before: {os.getloadavg()[0]:.1f}",
+            "",
+            f"    {command}",
+            "",
+            *lines,
+            "",
+        ]
+    )
     print(text)
     with RESULTS.open("a") as file:
         file.write(text + "\n")

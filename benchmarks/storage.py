@@ -1,4 +1,4 @@
-"""Storage ratios: our fragment writer against the codec alone, memcpy, zarr-python and PNG; objects; reads.
+"""Storage ratios: our fragment writer against the codec alone, memcpy, zarr-python, PNG; reads.
 
     python -m benchmarks.storage MASKS... [--images 256] [--repeats 7]
 
@@ -28,7 +28,14 @@ SLOT, SLOTS = 2**18, 4096
 def ours(masks: list[np.ndarray]) -> bytes:
     """One fragment object."""
     frames = [frame for mask in masks for frame in slots_of(mask, SLOT, 255)]
-    return assemble({"fragment": 0}, IMAGES.empty_table(), CLASS_STATS.empty_table(), frames, range(len(frames)), SLOTS)
+    return assemble(
+        {"fragment": 0},
+        IMAGES.empty_table(),
+        CLASS_STATS.empty_table(),
+        frames,
+        range(len(frames)),
+        SLOTS,
+    )
 
 
 def with_zarr(masks: list[np.ndarray], folder: Path) -> None:
@@ -53,7 +60,9 @@ def png(mask: np.ndarray) -> bytes:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("masks", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
@@ -70,7 +79,9 @@ def main() -> None:
                 "memcpy": lambda: [np.copyto(target[: m.size], m.ravel()) for m in masks],
                 "zstd 1 alone": lambda: [compress(m) for m in masks],
                 "fragment, built": lambda: ours(masks),
-                "fragment, committed with fsync": lambda t=turn: store.create(f"ours/{t}", ours(masks)),
+                "fragment, committed with fsync": lambda t=turn: store.create(
+                    f"ours/{t}", ours(masks)
+                ),
                 "zarr-python, sharded": lambda t=turn: with_zarr(masks, folder / f"zarr-{t}"),
                 "PNG": lambda: [png(m) for m in masks[:32]],
             }
@@ -93,18 +104,26 @@ def main() -> None:
     share = {"PNG": sum(m.size for m in masks[:32]) / raw}
     speed = {k: raw * share.get(k, 1) / 1e6 / cpu for k, (_, cpu) in best.items()}
     wall = {k: raw * share.get(k, 1) / 1e6 / w for k, (w, _) in best.items()}
+    built = speed["fragment, built"]
     lines = [
-        f"{len(masks)} masks, {raw / 1e6:.0f} MB raw ({', '.join(p.parent.name or p.name for p in given.masks)}); best of {given.repeats}",
+        (
+            f"{len(masks)} masks, {raw / 1e6:.0f} MB raw"
+            f" ({', '.join(p.parent.name or p.name for p in given.masks)}); best of {given.repeats}"
+        ),
         "",
         "| writer | MB a CPU second | MB a second |",
         "|---|---|---|",
         *(f"| {k} | {speed[k]:.0f} | {wall[k]:.0f} |" for k in best),
         "",
-        f"W_codec {speed['fragment, built'] / speed['zstd 1 alone']:.2f} (gate 0.80), "
-        f"with fsync, wall {wall['fragment, committed with fsync'] / wall['zstd 1 alone']:.2f}; "
-        f"W_mem {speed['fragment, built'] / speed['memcpy']:.3f}; "
-        f"W_lib over zarr-python {speed['fragment, built'] / speed['zarr-python, sharded']:.1f} (gate 3); "
-        f"S_png {len(blob) / pngs:.2f} (gate 0.95); one object for {len(masks)} masks of {len(blob) / 1e6:.2f} MB",
+        (
+            f"W_codec {built / speed['zstd 1 alone']:.2f} (gate 0.80), "
+            "with fsync, wall "
+            f"{wall['fragment, committed with fsync'] / wall['zstd 1 alone']:.2f}; "
+            f"W_mem {built / speed['memcpy']:.3f}; "
+            f"W_lib over zarr-python {built / speed['zarr-python, sharded']:.1f} (gate 3); "
+            f"S_png {len(blob) / pngs:.2f} (gate 0.95); "
+            f"one object for {len(masks)} masks of {len(blob) / 1e6:.2f} MB"
+        ),
     ]
     record("storage ratios", lines)
 

@@ -18,6 +18,8 @@ from pipeline.errors import (
 
 log = logging.getLogger("maskfleet")
 
+INTERRUPTED = "interrupted: what is committed stays; run the same command again to go on"
+
 QUIET = (
     "botocore",
     "aiobotocore",
@@ -36,13 +38,13 @@ def ended(command: Callable[[], int]) -> int:
         log.error("not finished: %s", error)  # noqa: TRY400 - a sentence, not a trace
         return EXIT_UNFINISHED
     except StorageBusy as error:
-        log.error("not finished: %s", error)  # noqa: TRY400
+        log.error("not finished: %s", error)  # noqa: TRY400 - as above
         return EXIT_UNFINISHED
     except MaskfleetError as error:
-        log.error("refused: %s", error)  # noqa: TRY400
+        log.error("refused: %s", error)  # noqa: TRY400 - as above
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        log.error("interrupted: what is committed stays; run the same command again to go on")  # noqa: TRY400
+        log.error(INTERRUPTED)  # noqa: TRY400 - as above
         return EXIT_UNFINISHED
     except BrokenPipeError:  # somebody closed our output, as `| head` does
         return EXIT_UNFINISHED

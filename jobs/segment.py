@@ -85,7 +85,7 @@ def _run(config: SegmentConfig) -> int:
 def _listen(stop: threading.Event) -> None:
     """Ctrl-C or SIGTERM once: finish what is in flight and stop; twice: at once."""
 
-    def heard(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def heard(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's contract
         if stop.is_set():
             os._exit(4)  # nothing to tidy: every write is whole or absent
         stop.set()

@@ -33,7 +33,7 @@ from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
 from pipeline.listing import Listing, head
 from pipeline.overview import overview
-from pipeline.plan import Known, Round, Start, plan_round, read_fragment, to_parquet
+from pipeline.plan import Known, Round, Start, plan_round, to_parquet
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
 from pipeline.records import PlannedImage
@@ -422,7 +422,6 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     """Plan one more round if the source has changed or images are tried again."""
     numbers = ledger.rounds()
     start = time.monotonic()
-    last = ledger.fragments(0)
     ids = [ledger.plan(n, ["image_id"])["image_id"] for n in numbers]
     first = Start(
         round=numbers[-1] + 1,
@@ -434,7 +433,6 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
         ),
         cap=ledger.layout.slots if ledger.layout.kind == "stacked" else None,
     )
-    del last
     plan = plan_round(source, config, listing, _known(ledger), first)
     if not plan.table.num_rows:
         return False
@@ -480,6 +478,3 @@ def _receipt(ledger: Ledger, counts: Counts, tally: Tally, listing: Listing) -> 
             "seconds_per_leg": {leg: round(s, 3) for leg, s in sorted(tally.seconds.items())},
         },
     }
-
-
-__all__ = ["Found", "Here", "Outcome", "Place", "read_bundle", "read_fragment", "segment_archive"]

@@ -58,7 +58,7 @@ import numpy as np
 import simplejpeg
 
 # Named so that they are registered: Image.open would import all 43 plug-ins to find a missing one.
-from PIL import (  # noqa: F401
+from PIL import (  # noqa: F401 - importing a plug-in registers it
     BmpImagePlugin,
     GifImagePlugin,
     Image,

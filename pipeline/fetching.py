@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.errors import StorageMissing
+from pipeline.errors import StorageError, StorageMissing
 from pipeline.keys import path_of
 from pipeline.records import EncodedImage, PlannedImage, Verdict
-from pipeline.storage import ObjectChanged, Store
+from pipeline.storage import ObjectChanged, ObjectUnreadable, Store
 
 
 def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
@@ -16,16 +16,25 @@ def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
     )
 
 
+LOST = (StorageMissing, ObjectChanged, ObjectUnreadable)
+"""What can befall one object while all others are well."""
+
+
+def lost(error: StorageError) -> Verdict:
+    """The verdict on an image whose object is `LOST`."""
+    if isinstance(error, StorageMissing):
+        return Verdict("fetch", "vanished", "was listed, is no longer there")
+    return Verdict(
+        "fetch", "changed" if isinstance(error, ObjectChanged) else "unreadable", str(error)
+    )
+
+
 def read_span(store: Store, image: PlannedImage, start: int, length: int | None) -> EncodedImage:
     """An image's bytes, or the verdict when the object is gone or another one."""
     try:
         data = store.read(path_of(image.key), start, length, etag=image.etag)
-    except StorageMissing:
-        return EncodedImage(
-            image, None, Verdict("fetch", "vanished", "was listed, is no longer there")
-        )
-    except ObjectChanged as error:
-        return EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
+    except LOST as error:
+        return EncodedImage(image, None, lost(error))
     if length is not None and len(data) < length:
         return EncodedImage(
             image,

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from models import load_bundle_bytes
 from pipeline.batch import Batch, padded
 from pipeline.errors import RunRefused
-from pipeline.records import Array, Pixels
+from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
@@ -229,7 +229,8 @@ class Segmenter:
         values = np.random.default_rng(0).integers(
             0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8
         )
-        picture = Picture(None, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))  # type: ignore[arg-type]
+        plan = PlannedImage(0, "", "", None, None, 0, "", "", 0)  # nobody's: only its pixels count
+        picture = Picture(plan, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))
         tiles = (Tile(picture, 0, 0, PROBE_SIDE, PROBE_SIDE),) * count
         side = padded(PROBE_SIDE, self.stride)
         times = []

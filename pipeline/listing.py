@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
 
 INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
+LOOK_AHEAD = 8 * INDEXED_AT_ONCE  # objects listed beyond the one that is waited for
 
 
 @dataclass(slots=True)
@@ -39,9 +40,7 @@ def discover(
     if config.format != "auto":
         formats.load(config.format)
     with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
-        for found, name, entries in _in_order(
-            pool, _objects(store), lambda f: _indexed(store, f, config.format)
-        ):
+        for found, name, entries in _in_order(pool, store, config.format):
             if name == "skip":
                 listing.skipped[_suffix(found)] += 1
             for entry in entries:
@@ -60,33 +59,53 @@ def _objects(store: Store) -> Iterator[Found]:
         raise RunRefused(f"cannot read the source: {error}") from error
 
 
-def _in_order(pool, items: Iterable[Found], work: Callable) -> Iterator:  # noqa: ANN001
-    """`pool.map` that looks ahead a little only: a listing may have millions of objects."""
-    waiting: deque[Future] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= 8 * INDEXED_AT_ONCE:
-            yield waiting.popleft().result()
+Indexed = tuple[Found, str, Iterable[formats.Entry]]
+
+
+def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[Indexed]:
+    """Every object with its entries, in listing order; what must be read is read in threads.
+
+    It looks ahead a little only: a listing may have millions of objects.
+    """
+    waiting: deque[Indexed | Future[Indexed]] = deque()
+    for found in _objects(store):
+        name = _format_of_name(found, wanted)
+        if name == "skip":
+            waiting.append((found, name, ()))
+        elif name == "files":
+            waiting.append((found, name, (formats.Entry(None, None, found.nbytes),)))
+        else:
+            waiting.append(pool.submit(_indexed, store, found, name))
+        while waiting and (isinstance(waiting[0], tuple) or len(waiting) >= LOOK_AHEAD):
+            yield _settled(waiting.popleft())
     while waiting:
-        yield waiting.popleft().result()
+        yield _settled(waiting.popleft())
 
 
-def _indexed(store: Store, found: Found, wanted: str) -> tuple[Found, str, Iterable[formats.Entry]]:
-    name = _format_of(store, found, wanted)
+def _settled(answer: "Indexed | Future[Indexed]") -> Indexed:
+    return answer if isinstance(answer, tuple) else answer.result()
+
+
+def _indexed(store: Store, found: Found, name: str | None) -> Indexed:
+    name = name or _format_of_content(store, found)
     if name == "skip":
         return found, name, ()
     return found, name, list(formats.load(name).index(store, found))
 
 
-def _format_of(store: Store, found: Found, wanted: str) -> str:
+def _format_of_name(found: Found, wanted: str) -> str | None:
+    """The format, or None where the content must be asked."""
     kind = kind_of_name(found.path)
     if not found.regular or kind == "skip":
         return "skip"
     if wanted != "auto":
         return wanted
-    if kind == "image":
-        return "files"
-    # A shard by name, or a suffix that says nothing: its first bytes decide.
+    return "files" if kind == "image" else None
+
+
+def _format_of_content(store: Store, found: Found) -> str:
+    """A shard by name, or a suffix that says nothing: its first bytes decide."""
+    kind = kind_of_name(found.path)
     content = sniff(store.read(found.path, 0, 512)) if found.nbytes else None
     by_content = {"TAR": "webdataset", "PARQUET": "parquet", None: None}.get(content, "files")
     if kind == "unknown":

@@ -95,7 +95,7 @@ def measured(
     counts_K: Array,
     confidences_K: Array,
     seam_score: float | None,
-    **place: Any,  # noqa: ANN401
+    **place: Any,  # noqa: ANN401 - fields of MeasuredMask
 ) -> MeasuredMask:
     """The record of a finished picture; ``place`` is its frames or its path."""
     pixels = picture.pixels
@@ -164,7 +164,7 @@ def rejected_row(image: RejectedImage, model_version: str) -> dict[str, Any]:
     )
 
 
-def _row(plan: PlannedImage, model_version: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+def _row(plan: PlannedImage, model_version: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - cells
     empty = dict.fromkeys((*IMAGES.names, DETAIL.name))
     named = {
         "image_id": plan.image_id,

@@ -17,6 +17,7 @@ GAP, CAPTION, LEGEND = 12, 34, 30
 MOST_PIXELS = (
     16_000_000  # larger pictures are left out: fetching one again could cost more than the sheet
 )
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, PAPER, NOTHING = (30, 30, 30), (255, 255, 255), (200, 200, 200)
 
 
@@ -41,7 +42,8 @@ def overview(run: Run) -> bytes | None:
     for number, (key, picture, mask) in enumerate(rows):
         top = LEGEND + GAP + number * (SIDE + CAPTION + GAP)
         colours = painted(mask, run.classes)
-        overlay = (picture * 0.55 + colours * 0.45).astype(np.uint8)
+        tinted = colours.any(axis=2, keepdims=True)  # what is black in the mask stays as it is
+        overlay = np.where(tinted, picture * 0.55 + colours * 0.45, picture).astype(np.uint8)
         for column, cell in enumerate((picture, colours, overlay)):
             small = _fitted(cell, Image.Resampling.NEAREST if column == 1 else Image.Resampling.BOX)
             left = GAP + column * (SIDE + GAP)
@@ -104,7 +106,7 @@ def _shares(mask: Array, classes: list[dict[str, Any]]) -> str:
     return f"{mask.shape[1]} x {mask.shape[0]}   {printable(text, 90)}"
 
 
-def _legend(pen: ImageDraw.ImageDraw, font: Any, classes: list[dict[str, Any]]) -> None:  # noqa: ANN401
+def _legend(pen: ImageDraw.ImageDraw, font: Font, classes: list[dict[str, Any]]) -> None:
     left = GAP
     for entry in classes:
         name = printable(entry["name"], 20)

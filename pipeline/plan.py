@@ -116,7 +116,7 @@ def plan_round(
         first: the numbers this round starts with.
     """
     rows, unseen = _Rows(), set(known)
-    limit = config.limit
+    limit, known_or_new = config.limit, len(known)
     for found, name, entry in discover(store, config, listing):
         key = key_of(found, entry)
         before = known.get(key)
@@ -124,9 +124,11 @@ def plan_round(
         change = _change(store, found, entry, before, config)
         if change is None:
             continue
-        if limit is not None and rows.count + len(known) >= limit and before is None:
-            listing.left_out += 1
-            continue
+        if before is None:
+            if limit is not None and known_or_new >= limit:
+                listing.left_out += 1
+                continue
+            known_or_new += 1
         rows.add(
             image_id=first.image_id + rows.count,
             key=key,

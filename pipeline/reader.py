@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ImageRejected, RunRefused
 from pipeline.finalize import REJECTED
-from pipeline.fragment import CLASS_STATS, IMAGES, decompress, read_index
+from pipeline.fragment import CLASS_STATS, IMAGES, Header, decompress, read_index
 from pipeline.large import committed_region
 from pipeline.layout import REGION
-from pipeline.ledger import Ledger
+from pipeline.ledger import Commit, Ledger
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import open_store
 from pipeline.tables import read_table
@@ -80,22 +80,22 @@ class Run:
         rows = [getattr(self, f"_{name}_of")(header) for _, header in self._headers()]
         return pa.concat_tables(rows).cast(schema) if rows else schema.empty_table()
 
-    def _headers(self) -> Iterator[Any]:
+    def _headers(self) -> Iterator[tuple[Commit, Header]]:
         commits = self.ledger.commits()
         return self.ledger.headers([commits[f] for f in sorted(commits)])
 
     @staticmethod
-    def _images_of(header: Any) -> pa.Table:  # noqa: ANN401
+    def _images_of(header: Header) -> pa.Table:
         place = header.images.column_names.index("byte_offset")
         absolute = pc.add(header.images["byte_offset"], header.nbytes)
         return header.images.set_column(place, "byte_offset", absolute).select(IMAGES.names)
 
     @staticmethod
-    def _class_stats_of(header: Any) -> pa.Table:  # noqa: ANN401
+    def _class_stats_of(header: Header) -> pa.Table:
         return header.class_stats
 
     @staticmethod
-    def _rejected_of(header: Any) -> pa.Table:  # noqa: ANN401
+    def _rejected_of(header: Header) -> pa.Table:
         return header.images.filter(pc.equal(header.images["status"], "rejected")).select(
             REJECTED.names
         )

@@ -26,7 +26,7 @@ from pipeline.batch import pack
 from pipeline.careful import segment_carefully
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import ImageRejected
+from pipeline.errors import ImageRejected, Reason
 from pipeline.fragment import assemble
 from pipeline.infer import Segmenter
 from pipeline.large import LargeMask
@@ -112,7 +112,7 @@ def load(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:
     for image in images:
         if image.image_id in hopeless:
             reason, _, detail = (image.problem or "").partition(": ")
-            yield EncodedImage(image, None, Verdict("plan", reason, detail))  # type: ignore[arg-type]
+            yield EncodedImage(image, None, Verdict("plan", cast("Reason", reason), detail))
         else:
             yield next(fetched)
 

@@ -18,10 +18,10 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from pipeline.errors import (
     RunRefused,
@@ -58,6 +58,10 @@ class Found:
 
 class ObjectChanged(StorageError):
     """The object is no longer the version that was asked for."""
+
+
+class ObjectUnreadable(StorageError):
+    """This one object cannot be read, though others can: no permission on the file, archived."""
 
 
 class Store(Protocol):
@@ -211,7 +215,7 @@ class LocalStore:
         self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> bytes:
         """See `Store.read`."""
-        with _translated(self.uri), open(self._at(path), "rb") as file:  # noqa: PTH123
+        with _translated(self.uri), self._opened(path) as file:
             if etag is not None:
                 about = os.fstat(file.fileno())
                 if f"{about.st_mtime_ns:x}-{about.st_size:x}" != etag:
@@ -219,6 +223,12 @@ class LocalStore:
             if start:
                 file.seek(start)
             return file.read() if length is None else file.read(length)
+
+    def _opened(self, path: str) -> BinaryIO:
+        try:
+            return self._at(path).open("rb")
+        except PermissionError as error:
+            raise ObjectUnreadable(f"{printable(path)}: {error.strerror}") from error
 
     def stat(self, path: str) -> Found | None:
         """See `Store.stat`."""
@@ -493,20 +503,20 @@ class _Connection:
             },
         )
 
-    async def call(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401
+    async def call(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401 - botocore's
         """One request, no retries: those are `_patiently`'s, which knows what was asked."""
         client = await self._files.set_session()
         return await getattr(client, method)(**arguments)
 
-    def wait(self, work: Any) -> Any:  # noqa: ANN401
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's loop."""
 
-        async def waited() -> Any:  # noqa: ANN401
+        async def waited() -> T:
             return await work
 
-        return self._sync(self._files.loop, waited)
+        return cast("T", self._sync(self._files.loop, waited))
 
-    def do(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401
+    def do(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401 - botocore's
         """`call`, waited for."""
         return self._sync(self._files.loop, self.call, method, **arguments)
 
@@ -549,33 +559,39 @@ _DENIED = {
     "UserSuspended", "RequestTimeTooSkewed", "AllAccessDisabled", "InvalidToken",
     "TokenRefreshRequired", "Forbidden",
 }  # fmt: skip
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError",
+}  # fmt: skip
 
 
 def _verdict(error: Exception, where: str) -> Exception | None:
     """What a foreign error means for good, or None where another try may help."""
-    code = _code(error)
-    if code == "NoSuchBucket":
-        return StorageMissing(f"{where}: there is no such bucket")
-    if code in _MISSING:
-        return StorageMissing(f"{where}: not there ({code})")
-    if code == "QuotaExceeded":
-        return StorageBusy(f"{where}: the quota is full; raise it and run the same command again")
-    if code in _DENIED:
-        return StorageDenied(f"{where}: {code}")
-    if type(error).__name__ in {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ProfileNotFound",
-        "CredentialRetrievalError",
-    }:
+    if (said := _verdict_of_code(_code(error), where)) is not None:
+        return said
+    name = type(error).__name__
+    if name in _NO_CREDENTIALS:
         return StorageDenied(
             f"{where}: no usable credentials "
             "(set the AWS environment variables, a profile or a role)"
         )
-    if type(error).__name__ in {"ParamValidationError", "InvalidRegionError", "NoRegionError"}:
+    if name in {"ParamValidationError", "InvalidRegionError", "NoRegionError"}:
         return StorageError(f"{where}: {printable(str(error))}")
+    ours = isinstance(error, TypeError | AttributeError | NameError)  # a bug
+    return error if ours else None
+
+
+def _verdict_of_code(code: str, where: str) -> StorageError | None:
+    """What the server's own word means."""
+    if code == "NoSuchBucket":
+        return StorageMissing(f"{where}: there is no such bucket")
+    if code in _MISSING:
+        return StorageMissing(f"{where}: not there ({code})")
+    if code == "InvalidObjectState":
+        return ObjectUnreadable(f"{where}: archived; restore it first")
+    if code == "QuotaExceeded":
+        return StorageBusy(f"{where}: the quota is full; raise it and run the same command again")
+    if code in _DENIED:
+        return StorageDenied(f"{where}: {code}")
     if code in {"InvalidBucketName", "MethodNotAllowed", "NotImplemented", "KeyTooLongError"}:
         return StorageError(f"{where}: {code}")
-    return (
-        error if isinstance(error, TypeError | AttributeError | NameError) else None
-    )  # ours: a bug
+    return None

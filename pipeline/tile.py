@@ -228,7 +228,9 @@ class _Canvas:
             # A pixel row reads the grid rows around it: stop where the lower one may still change.
             until = first_row_reading(following, self.cells[0], height)
         if until > self.next_y:
-            blended = self.scores_KGg / self.weights_Gg
+            # Not the rows below: where a halo counts nothing their weight may still be 0.
+            kept = grid_row_above(until - 1, self.cells[0], height) + 2 - self.top
+            blended = self.scores_KGg[:, :kept] / self.weights_Gg[:kept]
             rows = finish(self.picture, blended, self.top, self.cells, self.next_y, until)
             self.next_y = until
             self._forget(0 if last else grid_row_above(until, self.cells[0], height))

@@ -94,6 +94,41 @@ def _clean(environment: os._Environ[str], home: Path) -> None:
     )
 
 
+# -- models --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Share an untrained bundle of a few hundred weights: background and nucleus, stride 4."""
+    from tests.bundles import tiny_bundle as made  # torch: not for those who need no model
+
+    return made(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Share a folder of 65 images in three formats, five of them bad."""
+    from tests.archives import filled
+    from tests.objects import mixed
+
+    return filled(tmp_path_factory.mktemp("archive"), mixed())
+
+
+@pytest.fixture(scope="session")
+def oracle(
+    archive: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Tell what an undisturbed run over `archive` in one process holds."""
+    from tests import runs
+
+    folder = tmp_path_factory.mktemp("oracle")
+    runs.finished(runs.words(archive, folder / "run", tiny_bundle), folder / "log")
+    return runs.content(folder / "run")
+
+
 # -- S3 ------------------------------------------------------------------------------------------
 
 
@@ -151,6 +186,11 @@ class RayNodes:
     """For `ray.init(address=...)` or `--on`; never "auto", which may find another cluster."""
     cluster: Any  # ray.cluster_utils.Cluster: Ray is imported by those who use it only
     workers: list[Any]
+
+    @property
+    def raylets(self) -> list[int]:
+        """Process ids of the two workers' raylets; everything that runs there is below them."""
+        return [node.all_processes["raylet"][0].process.pid for node in self.workers]
 
     def kill(self, worker: int) -> None:
         """SIGKILL one worker node and everything on it; Ray notices after about 15 s."""

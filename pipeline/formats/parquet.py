@@ -12,13 +12,13 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StorageMissing
-from pipeline.fetching import too_many_bytes
+from pipeline.errors import StorageError, StorageMissing
+from pipeline.fetching import LOST, lost, too_many_bytes
 from pipeline.formats import Entry
 from pipeline.keys import path_of, printable
 from pipeline.ranged import Ranged
 from pipeline.records import EncodedImage, PlannedImage, Verdict
-from pipeline.storage import Found, ObjectChanged, Store
+from pipeline.storage import Found, Store
 
 SUFFIXES = (".parquet", ".pq")
 
@@ -35,12 +35,8 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
     try:
         table = pq.ParquetFile(Ranged(store, found.path, found.nbytes, found.etag))
         leaf = _leaf(table)
-        ordinal, rows = (
-            0,
-            sum(table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)),
-        )
-        if rows > MAX_ROWS:
-            raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
+        _refuse_too_many_rows(table)
+        ordinal = 0
         for group in range(table.num_row_groups):
             about = table.metadata.row_group(group)
             total = about.column(leaf).total_uncompressed_size
@@ -48,15 +44,22 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
             for _ in range(about.num_rows):
                 yield Entry(str(ordinal), None, mean)
                 ordinal += 1
-    except StorageMissing:
-        yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
-    except ObjectChanged as error:
-        yield Entry(None, None, found.nbytes, problem=f"changed: {error}")
+    except LOST as error:
+        verdict = lost(error)
+        yield Entry(None, None, found.nbytes, problem=f"{verdict.reason}: {verdict.detail}")
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = "empty" if found.nbytes == 0 else "corrupt"
         yield Entry(
             None, None, found.nbytes, problem=f"{reason}: parquet shard: {printable(str(error))}"
         )
+
+
+def _refuse_too_many_rows(table: pq.ParquetFile) -> None:
+    rows = sum(table.metadata.row_group(g).num_rows for g in range(table.num_row_groups))
+    if rows > MAX_ROWS:
+        raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
 
 
 def _leaf(table: pq.ParquetFile) -> int:
@@ -89,14 +92,10 @@ def fetch(
         wanted = list(rows)
         try:
             yield from _of_one_table(store, path, wanted, limit)
-        except StorageMissing:
-            verdict = Verdict("fetch", "vanished", "was listed, is no longer there")
-            yield from (EncodedImage(image, None, verdict) for image in wanted)
-        except ObjectChanged as error:
-            yield from (
-                EncodedImage(image, None, Verdict("fetch", "changed", str(error)))
-                for image in wanted
-            )
+        except LOST as error:
+            yield from (EncodedImage(image, None, lost(error)) for image in wanted)
+        except StorageError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             verdict = Verdict("fetch", "corrupt", f"parquet shard: {printable(str(error))}")
             yield from (EncodedImage(image, None, verdict) for image in wanted)

@@ -9,13 +9,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pipeline.errors import StorageMissing
-from pipeline.fetching import in_flight, read_span, too_many_bytes
+from pipeline.fetching import LOST, in_flight, lost, read_span, too_many_bytes
 from pipeline.formats import Entry
 from pipeline.keys import member_part, printable
 from pipeline.kinds import kind_of_name
 from pipeline.records import EncodedImage, PlannedImage
-from pipeline.storage import Found, ObjectChanged, Store
+from pipeline.storage import Found, Store
 
 SUFFIXES = (".tar",)
 
@@ -28,7 +27,8 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
     """Regular members with an image suffix, or none, in the shard's order; others are skipped."""
     seen: dict[str, int] = {}
     try:
-        with tarfile.open(fileobj=_Forward(store, found), mode="r:") as shard:
+        forward = _Forward(store, found)
+        with tarfile.open(fileobj=forward, mode="r:") as shard:
             for count, member in enumerate(shard):
                 if count >= MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
@@ -36,6 +36,9 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
                     yield Entry(None, None, 0, skipped=True)
                     continue
                 yield _entry(member, member_part(member.name, seen), found.nbytes)
+        if forward.last.strip(b"\0"):  # tarfile takes a header it cannot read for the end
+            whole = len(forward.last) == tarfile.BLOCKSIZE
+            raise tarfile.ReadError("a header is damaged" if whole else "unexpected end of data")
     except (
         tarfile.TarError,
         ValueError,
@@ -50,13 +53,15 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
         yield Entry(
             None, None, found.nbytes, problem=f"{reason}: tar shard: {printable(str(error))}"
         )
-    except StorageMissing:
-        yield Entry(None, None, found.nbytes, problem="vanished: was listed, is no longer there")
-    except ObjectChanged as error:
-        yield Entry(None, None, found.nbytes, problem=f"changed: {error}")
+    except LOST as error:
+        verdict = lost(error)
+        yield Entry(None, None, found.nbytes, problem=f"{verdict.reason}: {verdict.detail}")
 
 
 def _entry(member: tarfile.TarInfo, part: str, end: int) -> Entry:
+    if member.size < 0:
+        problem = f"corrupt: its header says {member.size} bytes"
+        return Entry(part, member.offset_data, 0, problem=problem)
     if member.sparse is not None:
         return Entry(
             part, member.offset_data, member.size, problem="unsupported_format: sparse tar member"
@@ -96,6 +101,8 @@ class _Forward(io.RawIOBase):
         self._store, self._found = store, found
         self._at = 0
         self._block, self._start = b"", 0
+        self.last = b""
+        """What was read last."""
 
     def readable(self) -> bool:
         return True
@@ -120,6 +127,6 @@ class _Forward(io.RawIOBase):
                 self._found.path, self._at, max(BLOCK, size), etag=self._found.etag
             )
             self._start = self._at
-        data = self._block[self._at - self._start :][:size]
-        self._at += len(data)
-        return data
+        self.last = self._block[self._at - self._start :][:size]
+        self._at += len(self.last)
+        return self.last

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decode import DecodeLimits, decode, probe, sniff
+from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import REASONS, ImageRejected
+from pipeline.headers import probe, sniff
 from tests import hostile
 from tests.pictures import (
     blobs,

@@ -1,0 +1,97 @@
+"""Small models: a bundle with answers that are not trivial, a stand-in with a finite window."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import models
+from models.parts.segmenter import Segmenter as Network
+from pipeline.archive import Found, Here
+from pipeline.infer import Segmenter
+from tests.pictures import blobs
+
+TINY = {"variant": "residual", "stem_width": 4, "features": 8, "latent_dim": 8, "stem_depth": 1}
+MEAN, STD = (0.2, 0.2, 0.2), (0.25, 0.25, 0.25)
+COLOURS = ((0, 0, 0), (255, 170, 0), (0, 90, 255), (120, 120, 120))
+NAMES = ("background", "nucleus", "debris", "edge")
+BUDGET = 4 * 160 * 160  # small, so that a fragment makes several batches
+
+
+def tiny_bundle(
+    folder: Path, ids: Sequence[int] = (0, 1), channels: int = 3, seed: int = 42
+) -> Path:
+    """Write an untrained latent-attention bundle that finds every class in a picture of blobs."""
+    torch.manual_seed(seed)
+    model = models.build("latent_attention", **TINY, classes=len(ids), channels=channels).eval()
+    _balance(model)
+    bundle = models.Bundle(
+        architecture="latent_attention",
+        config=model.config.to_json(),
+        classes=tuple(
+            models.ClassInfo(i, name, colour)
+            for i, name, colour in zip(ids, NAMES, COLOURS, strict=False)
+        ),
+        input=models.InputInfo(channels, MEAN[:channels], STD[:channels]),
+        stride=model.stride,
+        receptive_field=model.receptive_field,
+        tile=models.TileInfo(160, 32),
+        provenance={"script": "tests/bundles.py", "seed": seed},
+        metrics={},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    models.save_bundle(folder, model, bundle)
+    return folder
+
+
+def files_of(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "model.json").read_bytes(), (folder / "weights.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def _balance(model: nn.Module) -> None:
+    """Move the bias until no class wins everywhere: an untrained head prefers one by chance."""
+    picture_HWC = blobs(96, 128, seed=7).astype(np.float32) / 255
+    x_BCHW = (torch.from_numpy(picture_HWC).permute(2, 0, 1)[None] - 0.2) / 0.25
+    logits_KN = model(x_BCHW[:, : model.channels], native=True)[0].flatten(1)
+    model.expert_seg.segmentation_head.bias -= logits_KN.median(dim=1).values
+
+
+# --------------------------------------------------------------- a stand-in with a finite window
+
+
+class Window(Network):
+    """Two 3 x 3 means on cells of 4 pixels, scored by brightness: the answer of a cell depends on
+    the 5 x 5 cells around it and on nothing else."""
+
+    stride, min_side, channels, classes = 4, 4, 3, 2
+    receptive_field = 20
+
+    def grid(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
+        gray_B1hw = nn.functional.avg_pool2d(x_BCHW.mean(1, keepdim=True), 4)
+        for _ in range(2):
+            gray_B1hw = nn.functional.avg_pool2d(gray_B1hw, 3, stride=1, padding=1)
+        return torch.cat([-gray_B1hw, gray_B1hw], dim=1)
+
+
+def window_segmenter(bundle: tuple[bytes, bytes]) -> Segmenter:
+    """The bundle's classes and normalisation with the stand-in instead of its network."""
+    segmenter = Segmenter(*bundle, "cpu")
+    network = Window().eval()
+    segmenter.model, segmenter.receptive_field = network, network.receptive_field
+    segmenter.stride, segmenter.min_side = network.stride, network.min_side
+    return segmenter
+
+
+class InProcess(Here):
+    """This process without the probe: the same budget in every test."""
+
+    def __init__(self, compute, segmenter: Segmenter | None = None) -> None:
+        super().__init__(compute)
+        self._segmenter = segmenter
+
+    def _on(self, bundle: tuple[bytes, bytes]) -> Found:
+        made = self._segmenter = self._segmenter or Segmenter(*bundle, "cpu")
+        return Found(BUDGET, "cpu", made.stride, made.min_side, made.receptive_field)

@@ -1,0 +1,124 @@
+"""However many nodes: the run is the one that a single process makes."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from pipeline.errors import EXIT_REFUSED, EXIT_UNFINISHED
+from tests import objects, runs
+
+pytestmark = pytest.mark.timeout(180)
+RAYS_OWN = re.compile(r"ray|raylet|gcs|WARNING|DEBUG|\d{4}-\d\d-\d\d", re.IGNORECASE)
+
+
+def test_actors_on_two_nodes_make_the_run_that_one_process_makes(
+    ray_two_nodes, archive, tiny_bundle, oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(archive, run, tiny_bundle, "--compute.workers", "4")
+    with runs.command([*words, "--on", ray_two_nodes.address]) as driver:
+        runs.until(
+            lambda: all(runs.actors(raylet) for raylet in ray_two_nodes.raylets),
+            "an actor on each node",
+        )
+        assert driver.ended() == 3, driver.err
+
+    runs.assert_same(run, oracle)
+    rejected = {row["key"]: row["reason"] for row in runs.content(run)["rejected"]}
+    assert rejected == objects.BAD
+    assert runs.this_call(run)["adopted"] == 0
+
+
+def test_two_nodes_make_the_same_run_in_a_bucket(
+    ray_two_nodes, bucket, s3_server, archive, tiny_bundle, oracle
+):
+    with s3_server.client() as s3:
+        source = objects.into_bucket(objects.mixed(), s3, bucket, "in")
+    run = f"s3://{bucket}/out/run"
+
+    runs.on_ray(runs.words(source, run, tiny_bundle), ray_two_nodes.address)
+    runs.assert_same(run, oracle, without=("uri", "etag"))
+
+
+@pytest.mark.parametrize("first", ["process", "cluster"])
+def test_a_run_begun_in_one_place_is_finished_in_the_other(
+    ray_two_nodes, archive, tiny_bundle, oracle, tmp_path, first
+):
+    run = tmp_path / "run"
+    words = runs.words(archive, run, tiny_bundle)
+    if first == "process":
+        with runs.driver(words, tmp_path / "log") as driver:
+            runs.until(lambda: runs.committed(run) >= 3, "three commits")
+            driver.kill()
+        before = runs.commits(run)
+        runs.on_ray(words, ray_two_nodes.address)
+    else:
+        with runs.command([*words, "--on", ray_two_nodes.address]) as driver:
+            runs.until(lambda: runs.committed(run) >= 3, "three commits")
+            driver.kill()
+            driver.ended()
+        # the job's tasks die with it, but not in the same instant
+        runs.until(lambda: not runs.actors(*ray_two_nodes.raylets), "its actors to end")
+        before = runs.commits(run)
+        runs.finished(words, tmp_path / "log")
+
+    assert before.items() <= runs.commits(run).items()
+    assert runs.this_call(run)["fragments"] == len(oracle["fragments"]) - len(before)
+    runs.assert_same(run, oracle)
+
+
+def test_a_folder_that_one_node_does_not_see_is_refused(
+    ray_two_nodes, archive, tiny_bundle, tmp_path
+):
+    # every process has a working directory of its own, and so a run folder of its own
+    words = runs.words(archive, "/proc/self/cwd/run", tiny_bundle, "--on", ray_two_nodes.address)
+    with runs.command(words, cwd=tmp_path) as driver:
+        assert driver.ended() == EXIT_REFUSED, driver.out + driver.err
+    assert "does not see this run at /proc/self/cwd/run" in driver.err
+    assert "use a shared folder or s3://" in driver.err
+    assert not runs.commits(tmp_path / "run")
+
+
+def test_a_run_without_progress_stops_and_can_go_on(
+    ray_two_nodes, archive, tiny_bundle, oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(archive, run, tiny_bundle)
+    watched = [*words, "--on", ray_two_nodes.address, "--compute.no-progress-s", "10"]
+    with runs.command(watched) as driver:
+        runs.until(lambda: runs.actors(*ray_two_nodes.raylets), "an actor")
+        for actor in (stuck := runs.actors(*ray_two_nodes.raylets)):
+            actor.suspend()
+        try:
+            assert driver.ended() == EXIT_UNFINISHED, driver.out + driver.err
+        finally:
+            for actor in stuck:
+                with suppress(psutil.NoSuchProcess):
+                    actor.resume()
+    assert "run the same command again" in driver.err
+
+    runs.finished(words, tmp_path / "log")
+    runs.assert_same(run, oracle)
+
+
+def test_ray_on_this_machine_makes_the_same_run_in_silence_and_on_loopback(
+    archive, tiny_bundle, oracle, tmp_path
+):
+    run = tmp_path / "run"
+    listening: set[str] = set()
+    with runs.command([*runs.words(archive, run, tiny_bundle), "--on", "local"]) as driver:
+        runs.until(lambda: runs.actors(driver.pid), "an actor")
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening.add(connection.laddr.ip)
+        assert driver.ended() == 3, driver.err
+
+    runs.assert_same(run, oracle)
+    assert listening <= {"127.0.0.1", "::1"}
+    said = [line for line in (driver.out + driver.err).splitlines() if str(run) not in line]
+    assert not [line for line in said if RAYS_OWN.search(line)], driver.out + driver.err

@@ -1,0 +1,366 @@
+"""The three formats: one contract, and what each can suffer."""
+
+import io
+import struct
+import tarfile
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import formats
+from pipeline.config import from_mapping
+from pipeline.errors import RunRefused
+from pipeline.formats import parquet
+from pipeline.listing import Listing, discover
+from pipeline.storage import LocalStore
+from tests.contracts.formats import PICTURES, FormatContract, ShardContract, fetched, planned
+from tests.pictures import parquet_of, tar_of
+
+
+class TestFiles(FormatContract):
+    format_name = "files"
+
+    def write(self, folder, pictures):
+        for number, picture in enumerate(pictures):
+            path = folder / "sub" / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture)
+
+
+class TestWebdataset(ShardContract):
+    format_name, shard = "webdataset", "shard.tar"
+
+    def write(self, folder, pictures):
+        (folder / self.shard).write_bytes(
+            tar_of({f"{number}.png": picture for number, picture in enumerate(pictures)})
+        )
+
+
+class TestParquet(ShardContract):
+    format_name, shard = "parquet", "table.parquet"
+
+    def write(self, folder, pictures):
+        (folder / self.shard).write_bytes(parquet_of(pictures))
+
+
+def test_an_unknown_format_is_refused_with_the_list():
+    with pytest.raises(RunRefused, match="files, parquet, webdataset"):
+        formats.load("zip")
+    with pytest.raises(RunRefused, match=r"acme\.dicom"):
+        formats.load("acme.dicom")
+
+
+# -- tar -----------------------------------------------------------------------------------------
+
+
+def shard_of(tmp_path, data: bytes) -> LocalStore:
+    (tmp_path / "s.tar").write_bytes(data)
+    return LocalStore(tmp_path)
+
+
+def tar_with(*entries: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for entry, content in entries:
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def member(name: str, content: bytes = PICTURES[0], kind: bytes = tarfile.REGTYPE, link: str = ""):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, link
+    entry.size = len(content) if kind == tarfile.REGTYPE else 0
+    return entry, content
+
+
+def keys_of(store: LocalStore) -> list[str]:
+    return [image.key for image in planned(store)]
+
+
+def with_size(tar: bytes, size: bytes, at: int = 0) -> bytes:
+    """The shard with 12 bytes for the size of the member whose header is there, checksum mended."""
+    header = bytearray(tar[at : at + 512])
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return tar[:at] + bytes(header) + tar[at + 512 :]
+
+
+def test_a_truncated_tar_keeps_the_members_before_the_damage(tmp_path):
+    whole = tar_of({"1.png": PICTURES[0], "2.png": PICTURES[1], "3.png": PICTURES[2]})
+    second = 512 + (len(PICTURES[0]) + 511 & ~511)
+    store = shard_of(tmp_path, whole[: second + 512 + 100])
+
+    images = planned(store)
+
+    assert [image.key for image in images[:2]] == ["s.tar#1.png", "s.tar#2.png"]
+    assert images[0].problem is None
+    assert images[1].problem == f"truncated: 100 of {len(PICTURES[1])} bytes are in the shard"
+    assert [item.data for item in fetched(store, images)] == [PICTURES[0]]
+
+
+def test_a_tar_cut_in_a_header_says_that_something_is_missing(tmp_path):
+    whole = tar_of({"1.png": PICTURES[0], "2.png": PICTURES[1]})
+    second = 512 + (len(PICTURES[0]) + 511 & ~511)
+    store = shard_of(tmp_path, whole[: second + 100])
+
+    first, rest = planned(store)
+
+    assert (first.key, first.problem) == ("s.tar#1.png", None)
+    assert rest.key == "s.tar"
+    assert rest.problem.startswith("truncated: tar shard")
+
+
+def test_members_with_the_same_name_are_all_there(tmp_path):
+    entries = [member("a", picture) for picture in PICTURES[:3]]
+    store = shard_of(tmp_path, tar_with(*entries, member("a;2", PICTURES[3])))
+
+    images = planned(store)
+
+    assert [image.key for image in images] == [
+        "s.tar#a", "s.tar#a;2", "s.tar#a;3", "s.tar#a%3B2",
+    ]  # fmt: skip
+    assert [item.data for item in fetched(store, images)] == PICTURES[:4]
+
+
+def test_names_that_lead_elsewhere_are_only_names(tmp_path):
+    names = ["../../evil.png", "/abs/evil.png", "a/../b.png", "x#y.png", "new\nline.png"]
+    store = shard_of(tmp_path, tar_with(*map(member, names)))
+
+    assert keys_of(store) == [
+        "s.tar#../../evil.png", "s.tar#/abs/evil.png", "s.tar#a/../b.png", "s.tar#x%23y.png",
+        "s.tar#new%0Aline.png",
+    ]  # fmt: skip
+    assert [item.data for item in fetched(store, planned(store))] == [PICTURES[0]] * 5
+
+
+def test_links_devices_folders_and_sidecars_are_skipped_and_counted(tmp_path):
+    odd = [
+        member("link.png", b"", tarfile.SYMTYPE, "/etc/passwd"),
+        member("hard.png", b"", tarfile.LNKTYPE, "../../etc/passwd"),
+        member("device.png", b"", tarfile.CHRTYPE),
+        member("block.png", b"", tarfile.BLKTYPE),
+        member("fifo.png", b"", tarfile.FIFOTYPE),
+        member("folder.png", b"", tarfile.DIRTYPE),
+        member("a.json", b"{}"),
+        member("a.pkl", b"cos\nsystem\n."),
+        member("__key__.xyz", b"?"),
+        member(".hidden.png"),
+        member("good.png"),
+    ]
+    store = shard_of(tmp_path, tar_with(*odd))
+    listing = Listing()
+    config = from_mapping({"source": store.uri, "out": "/nowhere"})
+
+    found = [entry.member for _, _, entry in discover(store, config, listing)]
+
+    assert found == ["good.png"]
+    assert sum(listing.skipped.values()) == len(odd) - 1
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"\xff" * 12,  # -1 in base 256: CVE-2025-8194 loops for ever on it
+        b"\xff" * 10 + b"\xfe\x00",  # -512
+        b"\x80" + b"\x7f" * 11,
+        b"77777777777\0",
+        b"not a size!\0",
+    ],
+    ids=["minus-1", "minus-512", "beyond-64-bits", "8-GB", "text"],
+)
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_lie_about_a_size_ends_quickly_and_costs_only_what_comes_after(tmp_path, size, kind):
+    good = tar_of({"1.png": PICTURES[0], "2.png": PICTURES[1]})
+    second = 512 + (len(PICTURES[0]) + 511 & ~511)
+    data = bytearray(good)
+    data[second + 156 : second + 157] = kind
+    store = shard_of(tmp_path, with_size(bytes(data), size, second))
+
+    start = time.monotonic()
+    images = planned(store)
+
+    assert time.monotonic() - start < 2
+    assert (images[0].key, images[0].problem) == ("s.tar#1.png", None)
+    assert all(image.problem for image in images[1:])
+
+
+def test_a_sparse_member_is_refused_because_its_bytes_are_not_its_content(tmp_path):
+    entry = tarfile.TarInfo("a.png")
+    entry.size = len(PICTURES[0])
+    entry.pax_headers = {
+        "GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(1 << 20),
+        "GNU.sparse.map": f"0,{len(PICTURES[0])}",
+    }  # fmt: skip
+    store = shard_of(tmp_path, tar_with((entry, PICTURES[0])))
+
+    (image,) = planned(store)
+
+    assert image.problem.startswith("unsupported_format")
+
+
+def test_long_and_unicode_names_survive_in_both_dialects(tmp_path):
+    name = "ä/" * 60 + "日本.png"
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        store = shard_of(tmp_path, tar_with(member(name), form=form))
+        assert keys_of(store) == [f"s.tar#{name}"]
+
+
+def test_a_compressed_tar_by_the_name_of_a_tar_is_one_rejected_row(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        entry, content = member("a.png")
+        tar.addfile(entry, io.BytesIO(content))
+    store = shard_of(tmp_path, buffer.getvalue())
+
+    (image,) = planned(store)
+
+    assert image.problem.startswith("corrupt: tar shard")
+
+
+def test_a_tar_is_known_by_its_content_where_its_name_says_nothing(tmp_path):
+    (tmp_path / "shard.0001").write_bytes(tar_of({"a.png": PICTURES[0]}))
+    (tmp_path / "picture.0002").write_bytes(PICTURES[1])
+    (tmp_path / "notes.0003").write_bytes(b"some text, which is neither")
+    store = LocalStore(tmp_path)
+
+    assert keys_of(store) == ["picture.0002", "shard.0001#a.png"]
+
+
+# -- parquet -------------------------------------------------------------------------------------
+
+
+def table_in(tmp_path, columns: dict, **options: object) -> LocalStore:
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", **options)
+    return LocalStore(tmp_path)
+
+
+def binary(values: list) -> pa.Array:
+    return pa.array(values, pa.binary())
+
+
+def test_a_null_cell_is_an_empty_image_and_costs_only_itself(tmp_path):
+    store = table_in(tmp_path, {"image": binary([PICTURES[0], None, PICTURES[1]])})
+
+    answers = fetched(store, planned(store))
+
+    assert [a.data for a in answers] == [PICTURES[0], None, PICTURES[1]]
+    assert answers[1].verdict.reason == "empty"
+
+
+def test_the_hugging_face_layout_is_read(tmp_path):
+    rows = [{"bytes": p, "path": f"{i}.png"} for i, p in enumerate(PICTURES)] + [None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    store = table_in(
+        tmp_path,
+        {"label": pa.array(range(6)), "image": pa.array(rows, kind), "noise": binary(["x"] * 6)},
+    )
+
+    answers = fetched(store, planned(store))
+
+    assert [a.data for a in answers] == [*PICTURES, None]
+
+
+@pytest.mark.parametrize("codec", ["NONE", "SNAPPY", "ZSTD"])
+def test_rows_of_several_row_groups_have_one_ordinal(tmp_path, codec):
+    store = table_in(tmp_path, {"jpg": binary(PICTURES)}, row_group_size=2, compression=codec)
+
+    images = planned(store)
+
+    assert [image.key for image in images] == [f"t.parquet#{i}" for i in range(5)]
+    assert [a.data for a in fetched(store, images[2:])] == PICTURES[2:]
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view()], ids=str)
+def test_other_arrow_types_of_bytes_are_read(tmp_path, kind):
+    store = table_in(tmp_path, {"png": pa.array(PICTURES, kind)})
+
+    assert [a.data for a in fetched(store, planned(store))] == PICTURES
+
+
+def test_of_several_columns_of_bytes_the_well_known_name_is_taken(tmp_path):
+    store = table_in(tmp_path, {"thumbnail": binary(PICTURES[:1]), "jpg": binary(PICTURES[1:2])})
+
+    assert [a.data for a in fetched(store, planned(store))] == PICTURES[1:2]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"label": [1, 2]},
+        {"text": ["a", "b"]},
+        {"one": binary([b"1"]), "two": binary([b"2"])},  # which of them?
+        {"lists": pa.array([[b"1", b"2"]], pa.list_(pa.binary()))},
+    ],
+    ids=["numbers", "text", "two-unknown", "lists"],
+)
+def test_a_table_without_a_column_of_image_bytes_is_one_rejected_row(tmp_path, columns):
+    store = table_in(tmp_path, columns)
+
+    (image,) = planned(store)
+
+    assert image.key == "t.parquet"
+    assert image.problem.startswith("corrupt: parquet shard: no column of image bytes")
+
+
+def test_a_footer_that_promises_a_trillion_rows_ends_quickly(tmp_path):
+    honest = parquet_of(PICTURES)
+    (length,) = struct.unpack("<I", honest[-8:-4])
+    footer = honest[-8 - length : -8]
+    # num_rows is a zigzag varint: 5 is 0x0a, in the file's and in the row group's entry.
+    lie = footer.replace(b"\x16\x0a", b"\x16\x80\xa0\x94\xa5\x8d\x1d")
+    assert lie.count(b"\x16\x80\xa0\x94\xa5\x8d\x1d") >= 2
+    data = honest[: -8 - length] + lie + struct.pack("<I", len(lie)) + b"PAR1"
+    (tmp_path / "t.parquet").write_bytes(data)
+    assert pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).num_rows > 10**11
+
+    start = time.monotonic()
+    images = planned(LocalStore(tmp_path))
+
+    assert time.monotonic() - start < 5
+    assert [image.problem.partition(":")[0] for image in images] == ["corrupt"]
+
+
+def test_a_table_whose_pages_are_damaged_loses_its_rows_and_nothing_else(tmp_path):
+    pq.write_table(pa.table({"image": binary(PICTURES)}), tmp_path / "t.parquet")
+    data = bytearray((tmp_path / "t.parquet").read_bytes())
+    data[4:40] = b"\xff" * 36
+    (tmp_path / "t.parquet").write_bytes(bytes(data))
+    store = LocalStore(tmp_path)
+
+    answers = fetched(store, planned(store))
+
+    assert len(answers) == len(PICTURES)
+    assert {a.verdict.reason for a in answers if a.data is None} == {"corrupt"}
+
+
+def test_column_names_are_tried_in_the_documented_order():
+    assert parquet.COLUMNS[:3] == ("image", "img", "image_bytes")
+
+
+# -- a shard that is written while it is read ----------------------------------------------------
+
+
+class Restless(LocalStore):
+    """Every object is written again right after it was listed."""
+
+    def list(self, prefix=""):
+        for found in super().list(prefix):
+            path = self.root / found.path
+            path.write_bytes(path.read_bytes())
+            yield found
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("s.tar", tar_of({"a.png": PICTURES[0]})), ("t.parquet", parquet_of(PICTURES))],
+)
+def test_a_shard_that_changes_while_it_is_indexed_is_one_rejected_row(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+
+    (image,) = planned(Restless(tmp_path))
+
+    assert image.key == name
+    assert image.problem.startswith("changed: ")

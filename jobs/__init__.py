@@ -4,6 +4,7 @@ What they share: one logger, and the one place where an exception becomes an exi
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from pipeline.errors import (
     EXIT_REFUSED,
     EXIT_UNFINISHED,
     MaskfleetError,
+    RunStuck,
     RunUnfinished,
     StorageBusy,
 )
@@ -34,6 +36,9 @@ def ended(command: Callable[[], int]) -> int:
     set_up_logging()
     try:
         return command()
+    except RunStuck as error:
+        log.error("not finished: %s", error)  # noqa: TRY400
+        os._exit(EXIT_UNFINISHED)  # its threads hang: the interpreter would wait for them
     except RunUnfinished as error:
         log.error("not finished: %s", error)  # noqa: TRY400 - a sentence, not a trace
         return EXIT_UNFINISHED

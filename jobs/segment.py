@@ -16,7 +16,7 @@ from pipeline.archive import Found, Here, Outcome, Place, segment_archive
 from pipeline.config import Compute, SegmentConfig, from_mapping
 from pipeline.errors import EXIT_DONE, RunRefused
 from pipeline.progress import duration
-from pipeline.run import Receipt, Task
+from pipeline.records import Receipt, Task
 from pipeline.storage import absolute, open_store
 
 SMALL = (

@@ -31,13 +31,14 @@ from pipeline.finalize import Counts, finalize
 from pipeline.headers import probe
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import RUN, Ledger, frozen, now
+from pipeline.line import Line
 from pipeline.listing import Listing, head
 from pipeline.overview import overview
 from pipeline.plan import Known, Round, Start, plan_round, to_parquet
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
-from pipeline.records import PlannedImage
-from pipeline.run import Line, Receipt, Task, run_here
+from pipeline.records import PlannedImage, Receipt, Task
+from pipeline.run import run_here
 from pipeline.storage import PREFLIGHT, Store, check_create_only, open_store
 from pipeline.tables import read_table
 from pipeline.tile import Grid

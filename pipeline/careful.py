@@ -14,23 +14,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipeline.clock import Clock
 from pipeline.config import Compute
 from pipeline.errors import Reason, Station
+from pipeline.line import Line
 from pipeline.measure import MeasuredMask, RejectedImage
 from pipeline.records import EncodedImage, Verdict
-
-if TYPE_CHECKING:
-    from pipeline.run import Line
 
 Result = MeasuredMask | RejectedImage
 READY_S = 120.0  # a child loads torch and the model: seconds, a minute on a crowded machine
 
 
-def segment_carefully(
-    encoded: Iterable[EncodedImage], line: "Line", slots: int
-) -> Iterator[Result]:
+def segment_carefully(encoded: Iterable[EncodedImage], line: Line, slots: int) -> Iterator[Result]:
     """Answers in plan order; images without bytes are answered here.
 
     Args:
@@ -123,7 +119,7 @@ class _Child:
 
 def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
     """The child: answer images until the parent closes the channel."""
-    from pipeline.run import Clock, Line, segment  # run imports this file
+    from pipeline.run import segment  # run imports this file
 
     line = Line.open(run_uri, compute)
     segmenter = line.segmenter()

@@ -26,11 +26,14 @@ from typing import Any, cast
 import pyarrow as pa
 
 from pipeline.archive import Found
+from pipeline.clock import Clock
 from pipeline.config import Compute
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
-from pipeline.records import EncodedImage, Verdict
-from pipeline.run import Clock, Line, Receipt, Task, attempt, load, object_of, store
+from pipeline.line import Line
+from pipeline.packing import object_of
+from pipeline.records import EncodedImage, Receipt, Task, Verdict
+from pipeline.run import attempt, load, store
 from pipeline.storage import open_store
 
 # Ray binds the machine's outside address unless this switch, meant for other systems, is off:

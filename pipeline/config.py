@@ -75,8 +75,8 @@ class Compute(_Knobs):
     """Memory for one image once its fragment has failed before; then it is rejected as killed."""
     object_store_mb: int = Field(default=512, ge=80)
     """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
-    no_progress_s: int = Field(default=900, ge=10)
-    """A cluster run without any progress for so long stops, resumably."""
+    no_progress_s: int = Field(default=3600, ge=5)
+    """A run in which nothing moves for so long stops, resumably (on Ray: no fragment passes a leg)."""
 
 
 class SegmentConfig(_Knobs):

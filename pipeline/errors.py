@@ -3,6 +3,7 @@
 MaskfleetError
 ├── RunRefused        exit 2  the operator changes something; nothing was spent, nothing written
 ├── RunUnfinished     exit 4  run the same command again; what is committed stays
+│   └── RunStuck              the same, but threads of this process hang and must be left behind
 └── StorageError              a store did not do what was asked, after bounded retries
     ├── StorageMissing        no such object or bucket
     ├── StorageDenied         wrong or missing credentials, read-only
@@ -51,6 +52,10 @@ class RunRefused(MaskfleetError):
 
 class RunUnfinished(MaskfleetError):
     """Stopped before the end; the same command goes on from what is committed."""
+
+
+class RunStuck(RunUnfinished):
+    """Nothing moves any more; the process must end without waiting for its threads."""
 
 
 class StorageError(MaskfleetError):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pipeline.run import Receipt
+from pipeline.records import Receipt
 
 log = logging.getLogger("maskfleet")
 

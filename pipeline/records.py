@@ -3,7 +3,7 @@
 Shapes: H, W are the height and width of the upright image in pixels; C is 1 (gray) or 3 (RGB).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -72,3 +72,28 @@ class Pixels:
     def width(self) -> int:
         """W, in pixels."""
         return self.values_HWC.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A fragment to be done: where its plan lies."""
+
+    fragment: int
+    round: int
+    row_group: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a fragment."""
+
+    fragment: int
+    done: int
+    rejected: int
+    pixels: int
+    bytes_in: int
+    bytes_out: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    adopted: bool = False
+    """Another writer's object was there first; the counts are ours, the truth is its header."""

@@ -1,0 +1,46 @@
+"""All that the legs need, made from the run folder alone, on any machine."""
+
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from pipeline.config import Compute, SegmentConfig
+from pipeline.decode import DecodeLimits
+from pipeline.infer import Segmenter
+from pipeline.ledger import Ledger
+from pipeline.plan import path_of_round, read_fragment
+from pipeline.records import PlannedImage, Task
+from pipeline.storage import Store, open_store
+from pipeline.tile import Grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """A run, its source and its config; holds no secrets and no model."""
+
+    ledger: Ledger
+    source: Store
+    config: SegmentConfig
+    grid: Grid
+
+    @classmethod
+    def open(cls, run_uri: str, compute: Compute) -> "Line":
+        """The line of an existing run."""
+        ledger = Ledger.open(open_store(run_uri))
+        config = ledger.config.model_copy(update={"compute": compute})
+        return cls(ledger, open_store(config.source), config, ledger.grid)
+
+    @property
+    def limits(self) -> DecodeLimits:
+        """What is still taken for a picture."""
+        about = self.config.decode
+        return DecodeLimits(max_bytes=about.max_bytes, max_pixels=about.max_pixels)
+
+    def segmenter(self) -> Segmenter:
+        """The run's own copy of its model, on this machine's device."""
+        return Segmenter(*self.ledger.bundle_files(), self.config.compute.device)
+
+    def images(self, task: Task) -> list[PlannedImage]:
+        """The planned images of a fragment."""
+        with self.ledger.plan_file(path_of_round(task.round)) as file:
+            return read_fragment(pq.ParquetFile(file), task.row_group)

@@ -1,0 +1,61 @@
+"""Masks and rejections of a fragment into the one object that commits it."""
+
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from pipeline.fragment import assemble
+from pipeline.line import Line
+from pipeline.measure import MeasuredMask, RejectedImage, image_row, rejected_row, stat_rows, tables
+from pipeline.records import Receipt, Task
+
+
+def object_of(
+    task: Task, results: Iterable[MeasuredMask | RejectedImage], line: Line
+) -> tuple[bytes, Receipt]:
+    """The fragment's one object, and what is in it."""
+    layout, version = line.ledger.layout, line.ledger.model_version
+    ids = [entry["id"] for entry in line.ledger.classes]
+    ordered = sorted(results, key=lambda result: result.plan.image_id)
+    rows, stats, frames, slots, certainty = [], [], [], [], []
+    offset = pixels = 0
+    first = ordered[0].plan.image_id if ordered else 0
+    for result in ordered:
+        if isinstance(result, RejectedImage):
+            rows.append(rejected_row(result, version))
+            continue
+        place: dict[str, object] = {"path": result.path}
+        if result.path is None:
+            slot = result.plan.image_id - first if layout.kind == "stacked" else len(slots)
+            sizes = [len(frame) for frame in result.frames]
+            place = {"byte_offset": offset, "byte_nbytes": sizes}
+            number = task.fragment * layout.slots + slot
+            place |= (
+                {"mask_index": number}
+                if layout.kind == "stacked"
+                else {"pixel_start": number * layout.slot}
+            )
+            slots += range(slot, slot + len(sizes))
+            frames += result.frames
+            certainty += result.confidence_frames
+            offset += sum(sizes)
+        rows.append(image_row(result, version, place))
+        stats += stat_rows(result, ids)
+        pixels += result.height * result.width
+    about = {
+        "fragment": task.fragment,
+        "round": task.round,
+        "token": uuid.uuid4().hex,
+        "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "n_done": sum(row["status"] == "done" for row in rows),
+        "n_rejected": sum(row["status"] == "rejected" for row in rows),
+        "n_pixels": pixels,
+        "model_version": version,
+    }
+    if layout.confidence:
+        slots, frames = slots + [layout.slots + s for s in slots], frames + certainty
+    data = assemble(about, *tables(rows, stats), frames, slots, layout.index_entries)
+    bytes_in = sum(row["input_bytes"] or 0 for row in rows)
+    return data, Receipt(
+        task.fragment, about["n_done"], about["n_rejected"], pixels, bytes_in, len(data)
+    )

@@ -1,0 +1,62 @@
+"""What every store promises, and what it says of an object."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One object of a listing."""
+
+    path: str
+    """Below the store's root, ``/``-separated; undecodable bytes as surrogates."""
+    nbytes: int
+    etag: str
+    """S3: the ETag without quotes. Local: ``mtime_ns-size`` in hexadecimal."""
+    mtime: float
+    """Seconds since 1970, by the store's clock."""
+    regular: bool = True
+    """False for what must never be opened: FIFOs, devices, links out of the root."""
+
+
+class ObjectChanged(StorageError):
+    """The object is no longer the version that was asked for."""
+
+
+class ObjectUnreadable(StorageError):
+    """This one object cannot be read, though others can: no permission on the file, archived."""
+
+
+class Store(Protocol):
+    """What the pipeline asks of a store. Paths are relative to its root."""
+
+    uri: str
+
+    def list(self, prefix: str = "") -> Iterator[Found]:
+        """Every object below a folder, in byte order of the path."""
+        ...
+
+    def read(
+        self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
+    ) -> bytes:
+        """Bytes of an object, fewer where it ends. `ObjectChanged` if the etag differs."""
+        ...
+
+    def stat(self, path: str) -> Found | None:
+        """What a listing would say of one object, or None."""
+        ...
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object that must not exist. True: ours is there; False: another's is."""
+        ...
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write an object whole, over what may be there (derived data only)."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens if it is not there."""
+        ...

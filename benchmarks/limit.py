@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.corpora import pictures, repeated
 from benchmarks.record import record
-from pipeline.archive import read_bundle
 from pipeline.batch import pack
+from pipeline.create import read_bundle
 from pipeline.decode import DecodeLimits, decode
 from pipeline.fragment import slots_of
 from pipeline.infer import Segmenter

@@ -1,8 +1,10 @@
 """``maskfleet COMMAND …``: list the folder, hand over to the command."""
 
+import ast
 import difflib
 import sys
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
 import jobs
@@ -14,14 +16,17 @@ def names() -> list[str]:
     return sorted(m.name for m in iter_modules(jobs.__path__) if not m.name.startswith("_"))
 
 
+def _first_line(name: str) -> str:
+    """What a command says of itself, without importing it."""
+    source = (Path(jobs.__path__[0]) / f"{name}.py").read_text()
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
 def main() -> int:
     """Run the command that the first argument names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in {"-h", "--help"}:
-        lines = (
-            f"  {name:<10} {(import_module(f'jobs.{name}').__doc__ or '').splitlines()[0]}"
-            for name in names()
-        )
+        lines = (f"  {name:<10} {_first_line(name)}" for name in names())
         sys.stdout.write(
             "maskfleet COMMAND … (COMMAND --help says more)\n\n" + "\n".join(lines) + "\n"
         )

@@ -12,9 +12,10 @@ import tyro
 import yaml
 
 from jobs import ended
-from pipeline.archive import Found, Here, Outcome, Place, segment_archive
+from pipeline.archive import Outcome, segment_archive
 from pipeline.config import Compute, SegmentConfig, from_mapping
 from pipeline.errors import EXIT_DONE, RunRefused
+from pipeline.place import Found, Place
 from pipeline.progress import duration
 from pipeline.records import Receipt, Task
 from pipeline.storage import absolute, open_store
@@ -108,24 +109,29 @@ class Chosen:
     def _for(self, images: int) -> Place:
         if self._place is None:
             where = self._where or ("process" if images <= SMALL else "local")
-            self._place = (
-                Here(self._compute) if where == "process" else _on_ray(where, self._compute)
-            )
+            here = where == "process"
+            self._place = _here(self._compute) if here else _on_ray(where, self._compute)
         return self._place
 
     def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
-        """See `pipeline.archive.Place.found`."""
+        """See `pipeline.place.Place.found`."""
         return self._for(images).found(bundle, images)
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
-        """See `pipeline.archive.Place.run`."""
+        """See `pipeline.place.Place.run`."""
         todo = list(tasks)
         yield from self._for(sum(task.images for task in todo)).run(todo, run_uri, stop)
 
     def close(self) -> None:
-        """See `pipeline.archive.Place.close`."""
+        """See `pipeline.place.Place.close`."""
         if self._place is not None:
             self._place.close()
+
+
+def _here(compute: Compute) -> Place:
+    from pipeline.here import Here  # torch takes seconds to import: not for a refusal or --help
+
+    return Here(compute)
 
 
 def _on_ray(where: str, compute: Compute) -> Place:

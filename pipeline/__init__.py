@@ -1,10 +1,10 @@
 """From a bucket of images to a bucket of masks.
 
 Open in this order: run (the legs), listing, plan, formats/, pictures, decode (headers), tile (cut),
-batch, infer, tile (stitch), measure, packing, fragment, ledger, finalize. archive puts a whole call
-together, cluster spreads it with Ray, careful finds an image that kills, reader opens what was made.
-records, config, errors, keys, kinds, layout, line are the nouns they share; storage is where bytes
-lie, fetching and ranged are how they are read.
+batch, infer, tile (stitch), measure, packing, fragment, ledger, finalize.
+archive puts a whole call together, create founds a run, here and cluster are the places it runs,
+careful finds an image that kills, reader opens what was made. records, config, errors, keys, kinds,
+layout and line are the nouns they share; storage is where bytes lie.
 """
 
 from typing import TYPE_CHECKING

@@ -12,6 +12,7 @@ rebuild lost rows could never start (FAULTS §0.5).
 # Ray Data types a leg as a function of one batch, though `fn_args` gives it more.
 # pyright: reportArgumentType=false
 
+import contextlib
 import json
 import logging
 import os
@@ -25,13 +26,13 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from pipeline.archive import Found
 from pipeline.clock import Clock
 from pipeline.config import Compute
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.line import Line
 from pipeline.packing import object_of
+from pipeline.place import Found
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
 from pipeline.run import attempt, load, store
 from pipeline.storage import open_store
@@ -48,7 +49,7 @@ os.environ.setdefault(
 import ray
 import ray.data as rd
 import ray.exceptions
-from ray.data.exceptions import RayDataUserCodeException
+from ray.data.exceptions import ExecutionTimeoutError, RayDataUserCodeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
@@ -83,23 +84,24 @@ class OnRay:
         _quiet()
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            if self._local:
-                memory = self._compute.object_store_mb * 1024**2
-                cores = len(os.sched_getaffinity(0))
-                ray.init(
-                    address="local",
-                    num_cpus=max(2, cores),
-                    object_store_memory=memory,
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    **common,
-                )
-            elif where == "auto":
-                ray.init(address="auto", **common)
-            else:
-                here = Path(__file__).parent.parent
-                shipped = {"py_modules": [str(here / "pipeline"), str(here / "models")]}
-                ray.init(address=where, runtime_env=shipped, **common)
+            with _hushed():
+                if self._local:
+                    memory = self._compute.object_store_mb * 1024**2
+                    cores = len(os.sched_getaffinity(0))
+                    ray.init(
+                        address="local",
+                        num_cpus=max(2, cores),
+                        object_store_memory=memory,
+                        include_dashboard=False,
+                        _node_ip_address="127.0.0.1",
+                        **common,
+                    )
+                elif where == "auto":
+                    ray.init(address="auto", **common)
+                else:
+                    here = Path(__file__).parent.parent
+                    shipped = {"py_modules": [str(here / "pipeline"), str(here / "models")]}
+                    ray.init(address=where, runtime_env=shipped, **common)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
         self._connected = True
@@ -110,7 +112,7 @@ class OnRay:
             ray.shutdown()
 
     def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
-        """See `pipeline.archive.Place.found`: on a worker, since the driver may have no GPU."""
+        """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
         self._connect()
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self._gpus)
         return Found(**_waited(probe.remote(bundle, self._compute.device)))
@@ -122,7 +124,7 @@ class OnRay:
         return 1 if self._compute.device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
-        """See `pipeline.archive.Place.run`."""
+        """See `pipeline.place.Place.run`."""
         self._connect()
         todo = list(tasks)
         settings = {name: os.environ[name] for name in FORWARDED if name in os.environ}
@@ -148,6 +150,7 @@ class OnRay:
         except (
             ray.exceptions.RayError,
             RayDataUserCodeException,
+            ExecutionTimeoutError,
             TimeoutError,
         ) as error:
             raise _translated(error) from error
@@ -200,6 +203,20 @@ def _tune(compute: Compute) -> None:
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = compute.no_progress_s
     context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on stderr: Ray's C++ side announces its log level there. What fails still raises."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _quiet() -> None:

@@ -76,7 +76,7 @@ class Compute(_Knobs):
     object_store_mb: int = Field(default=512, ge=80)
     """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
     no_progress_s: int = Field(default=3600, ge=5)
-    """A run in which nothing moves for so long stops, resumably (on Ray: no fragment passes a leg)."""
+    """A run in which nothing moves for so long stops, resumably (Ray: no fragment passes a leg)."""
 
 
 class SegmentConfig(_Knobs):

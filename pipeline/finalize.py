@@ -132,19 +132,24 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
         "finished": now(),
         "token": ledger.run["token"],
         "model": {"version": ledger.model_version, "sha256": ledger.run["bundle"]["sha256"]},
-        "counts": {
-            "planned": counts.planned,
-            "done": counts.done,
-            "rejected": counts.n_rejected,
-            "rejected_by_reason": counts.rejected,
-            "fragments": counts.fragments,
-            "pixels": counts.pixels,
-        },
+        "counts": in_manifest(counts),
         "tables": entries,
     }
-    ledger.store.create(
-        f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
-    )
+    path, data = f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
+    if not ledger.store.create(path, data) and ledger.manifest(number)["tables"] != entries:
+        ledger.store.replace(path, data)  # a damaged fragment was deleted and made again
+
+
+def in_manifest(counts: Counts) -> dict[str, Any]:
+    """The counts as they stand in a manifest."""
+    return {
+        "planned": counts.planned,
+        "done": counts.done,
+        "rejected": counts.n_rejected,
+        "rejected_by_reason": counts.rejected,
+        "fragments": counts.fragments,
+        "pixels": counts.pixels,
+    }
 
 
 class _Tables:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numcodecs.zstd import Zstd
 
+from pipeline.errors import StorageError
 from pipeline.records import Array
 from pipeline.tables import read_table, write_table
 
@@ -77,7 +78,7 @@ CLASS_STATS = pa.schema(
 """The class_stats table, a contract: one row per image and class that occurs in it."""
 
 
-class FragmentDamaged(Exception):
+class FragmentDamaged(StorageError):
     """An object that is not what was written; the text says where."""
 
 

@@ -130,9 +130,17 @@ def region_bytes(labels: Array, side: int, fill: int, about: dict[str, Any]) -> 
 
 
 def committed_region(
-    store: Store, path: str, shape: tuple[int, ...], dtype: str, fill: int
+    store: Store, path: str, shape: tuple[int, ...], dtype: str, fill: int, level: int = 0
 ) -> tuple[Array, dict[str, Any]]:
-    """Pixels and header facts of a committed level-0 region, checked.
+    """Pixels and header facts of a region, checked.
+
+    Args:
+        store: the run folder.
+        path: the region's object.
+        shape: its height and width, in pixels of its level.
+        dtype: of its pixels.
+        fill: where there are none.
+        level: 0 is a commit, the others are made from it.
 
     Raises:
         FragmentDamaged: naming the object.
@@ -141,13 +149,15 @@ def committed_region(
     try:
         header = read_header(data)
         check_data(data, header)
+        side = REGION // 2**level
+        inner = min(INNER, side)
+        across = side // inner
+        pixels = np.full((side, side), fill, dtype)
+        for slot, (offset, nbytes) in enumerate(read_index(data, across * across).tolist()):
+            if nbytes != EMPTY:
+                y, x = slot // across * inner, slot % across * inner
+                block = decompress(memoryview(data)[offset : offset + nbytes], dtype)
+                pixels[y : y + inner, x : x + inner] = block.reshape(inner, inner)
     except FragmentDamaged as error:
         raise FragmentDamaged(f"{path}: {error}") from error
-    side = REGION // INNER
-    pixels = np.full((REGION, REGION), fill, dtype)
-    for slot, (offset, nbytes) in enumerate(read_index(data, side * side).tolist()):
-        if nbytes != EMPTY:
-            y, x = slot // side * INNER, slot % side * INNER
-            block = decompress(memoryview(data)[offset : offset + nbytes], dtype)
-            pixels[y : y + INNER, x : x + INNER] = block.reshape(INNER, INNER)
     return pixels[: shape[0], : shape[1]], header.about

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.archive import Outcome, Place, segment_archive
+from pipeline.archive import Outcome, segment_archive
 from pipeline.config import from_mapping
 from pipeline.ledger import Ledger
+from pipeline.place import Place
 from pipeline.storage import open_store
 from pipeline.verify import verify
-from tests.bundles import InProcess
+from tests.bundles import ONE_WORKER, InProcess
 from tests.pictures import blobs, encoded, parquet_of, tar_of, with_orientation
 
 
@@ -71,12 +72,13 @@ def segment(
     **knobs: Any,
 ) -> Outcome:
     """`maskfleet segment` without the command line, four images a fragment unless told."""
-    compute = {"workers": 1, "decode_threads": 1, "fetch_threads": 2} | knobs.pop("compute", {})
+    compute = {**ONE_WORKER.model_dump(), **knobs.pop("compute", {})}
     values = {"source": str(source), "out": str(out), "model": str(model), "log": "text"}
     config = from_mapping(
         {**values, "fragment": {"images": 4}, "compute": compute, "interval_s": 600.0, **knobs}
     )
-    return segment_archive(config, place or InProcess(config.compute), stop or threading.Event())
+    place = place or InProcess(compute=config.compute)
+    return segment_archive(config, place, stop or threading.Event())
 
 
 def tree(folder: Path) -> set[str]:

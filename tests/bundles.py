@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 import models
 from models.parts.segmenter import Segmenter as Network
-from pipeline.archive import Found, Here
+from pipeline.config import Compute
+from pipeline.here import Here
 from pipeline.infer import Segmenter
+from pipeline.place import Found
 from tests.pictures import blobs
 
 TINY = {"variant": "residual", "stem_width": 4, "features": 8, "latent_dim": 8, "stem_depth": 1}
 MEAN, STD = (0.2, 0.2, 0.2), (0.25, 0.25, 0.25)
 COLOURS = ((0, 0, 0), (255, 170, 0), (0, 90, 255), (120, 120, 120))
 NAMES = ("background", "nucleus", "debris", "edge")
+ONE_WORKER = Compute(workers=1, decode_threads=1, fetch_threads=2)
 BUDGET = 4 * 160 * 160  # small, so that a fragment makes several batches
 
 
@@ -88,10 +91,10 @@ def window_segmenter(bundle: tuple[bytes, bytes]) -> Segmenter:
 class InProcess(Here):
     """This process without the probe: the same budget in every test."""
 
-    def __init__(self, compute, segmenter: Segmenter | None = None) -> None:
+    def __init__(self, segmenter: Segmenter | None = None, compute: Compute = ONE_WORKER) -> None:
         super().__init__(compute)
         self._segmenter = segmenter
 
-    def _on(self, bundle: tuple[bytes, bytes]) -> Found:
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
         made = self._segmenter = self._segmenter or Segmenter(*bundle, "cpu")
         return Found(BUDGET, "cpu", made.stride, made.min_side, made.receptive_field)

@@ -1,0 +1,40 @@
+"""This process as the place where fragments run; cluster.py is the other one."""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+
+from pipeline.config import Compute
+from pipeline.infer import Segmenter
+from pipeline.line import Line
+from pipeline.place import Found
+from pipeline.records import Receipt, Task
+from pipeline.run import run_here
+
+
+class Here:
+    """This process: as many fragments at a time as there are cores, or a few for a GPU."""
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._segmenter: Segmenter | None = None
+
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
+        """See `Place.found`."""
+        made = self._segmenter = Segmenter(*bundle, self._compute.device)
+        return Found(
+            made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field
+        )
+
+    def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
+        """See `Place.run`."""
+        line = Line.open(run_uri, self._compute)
+        segmenter = self._segmenter or line.segmenter()
+        cores = len(os.sched_getaffinity(0))
+        workers = self._compute.workers or (
+            cores if segmenter.device.type == "cpu" else min(4, cores)
+        )
+        yield from run_here(tasks, line, segmenter, workers, stop)
+
+    def close(self) -> None:
+        """Nothing was started."""

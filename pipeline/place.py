@@ -1,0 +1,36 @@
+"""Where fragments run: what a whole call asks of this process, or of a cluster."""
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.records import Receipt, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a place says of itself when a run is created."""
+
+    budget: int
+    """Padded pixels of a batch."""
+    device: str
+    stride: int
+    min_side: int
+    receptive_field: int | None
+
+
+class Place(Protocol):
+    """Where fragments are run."""
+
+    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
+        """Load the model there, once, and find the pixel budget for a run of so many images."""
+        ...
+
+    def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
+        """Receipts of fragments as they are committed."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was started."""
+        ...

@@ -30,7 +30,7 @@ from pipeline.errors import (
     RunUnfinished,
     StorageError,
 )
-from pipeline.finalize import Counts, finalize
+from pipeline.finalize import Counts, final_counts, finalize
 from pipeline.ledger import Ledger, now
 from pipeline.listing import Listing
 from pipeline.overview import overview
@@ -177,17 +177,8 @@ def _finish_rounds(
         say(config.log, "progress", **facts(tally))
     if stop.is_set():
         raise RunUnfinished("stopped; what is committed stays, run the same command again to go on")
-    rounds, manifests = ledger.rounds(), ledger.manifests()
-    if manifests and rounds[-1] == manifests[-1] and not tasks:
-        said = ledger.manifest(manifests[-1])["counts"]
-        return Counts(
-            said["planned"],
-            said["done"],
-            said["rejected_by_reason"],
-            said["fragments"],
-            said["pixels"],
-        )
-    return finalize(ledger)
+    counts = None if tasks else final_counts(ledger)
+    return finalize(ledger) if counts is None else counts
 
 
 def _known(ledger: Ledger) -> dict[str, Known]:

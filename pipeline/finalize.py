@@ -136,8 +136,34 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
         "tables": entries,
     }
     path, data = f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
-    if not ledger.store.create(path, data) and ledger.manifest(number)["tables"] != entries:
-        ledger.store.replace(path, data)  # a damaged fragment was deleted and made again
+    if not ledger.store.create(path, data) and _manifest(ledger, number).get("tables") != entries:
+        ledger.store.replace(path, data)  # a damaged object was deleted and made again
+
+
+def final_counts(ledger: Ledger) -> Counts | None:
+    """The counts of the newest round, if its manifest and all tables it names are there."""
+    rounds, manifests = ledger.rounds(), ledger.manifests()
+    if not manifests or manifests[-1] != rounds[-1]:
+        return None
+    manifest = _manifest(ledger, manifests[-1])
+    for entry in manifest.get("tables", {}).values():
+        about = ledger.store.stat(entry["path"])
+        if about is None or about.nbytes != entry["bytes"]:
+            return None
+    said = manifest.get("counts")
+    if said is None:
+        return None
+    return Counts(
+        said["planned"], said["done"], said["rejected_by_reason"], said["fragments"], said["pixels"]
+    )
+
+
+def _manifest(ledger: Ledger, number: int) -> dict[str, Any]:
+    """A manifest, or nothing where it is no JSON any more: it can be made again."""
+    try:
+        return ledger.manifest(number)
+    except ValueError:
+        return {}
 
 
 def in_manifest(counts: Counts) -> dict[str, Any]:

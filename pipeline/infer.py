@@ -55,7 +55,7 @@ class Segmenter:
         ids = [entry.id for entry in self.bundle.classes]
         self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
         self.fill = int(np.iinfo(self.dtype).max)
-        kind = torch.uint8 if self.dtype == np.uint8 else torch.uint16
+        kind = torch.uint8 if self.dtype == np.uint8 else torch.int32  # uint16 has few operators
         self._ids_K = torch.tensor(ids, device=self.device).to(kind)
         self._identity = ids == list(range(len(ids)))
         self._kind = kind
@@ -202,7 +202,7 @@ class Segmenter:
         counts, sums = _counted(index_HW, sure_HW, classes)
         labels = index_HW if self._identity else self._renamed(index_HW, blank_HW)
         certainty = (sure_HW * 255).round_().to(torch.uint8).cpu().numpy() if confidence else None
-        return Rows(labels.cpu().numpy(), certainty, counts, sums)
+        return Rows(labels.cpu().numpy().astype(self.dtype, copy=False), certainty, counts, sums)
 
     def _renamed(self, index_HW: torch.Tensor, blank_HW: torch.Tensor | None) -> torch.Tensor:
         known_HW = index_HW if blank_HW is None else index_HW.masked_fill(blank_HW, 0)

@@ -26,14 +26,15 @@ class ClassInfo:
     """One thing the model can tell apart."""
 
     id: int
-    """Its value in a mask, 0 to 254; need not be its place among the scores."""
+    """Its value in a mask, 0 to 65534 (beyond 254 masks are 16-bit); need not be its place among the
+    scores."""
     name: str
     color: tuple[int, int, int]
     """Red, green, blue, each 0 to 255."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.id <= 254:
-            raise ValueError(f"class {self.name!r} has id {self.id}; masks hold 0 to 254")
+        if not 0 <= self.id <= 65_534:
+            raise ValueError(f"class {self.name!r} has id {self.id}; masks hold 0 to 65534")
         if len(self.color) != 3 or not all(0 <= part <= 255 for part in self.color):
             raise ValueError(f"class {self.name!r}: color {self.color} is not three of 0 to 255")
 
@@ -110,8 +111,8 @@ class Bundle:
                 f"classes need two or more different ids other than ignore_id {self.ignore_id}, "
                 f"they are {ids}"
             )
-        if not 0 <= self.ignore_id <= 255:
-            raise ValueError(f"ignore_id must be 0 to 255, it is {self.ignore_id}")
+        if not 0 <= self.ignore_id <= 65_535:
+            raise ValueError(f"ignore_id must be 0 to 65535, it is {self.ignore_id}")
 
     @property
     def sha256(self) -> str:

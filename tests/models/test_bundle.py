@@ -164,7 +164,7 @@ def test_a_folder_with_a_pickle_is_refused_and_the_pickle_not_opened(saved, name
         (lambda c: c["input"].update(range=[9, 9]), "input.range must rise"),
         (lambda c: c["tile"].update(overlap=512), "overlap 512 must be below tile.size 512"),
         (lambda c: c["classes"][0].update(id=7), "different ids"),
-        (lambda c: c["classes"][0].update(id=255), "masks hold 0 to 254"),
+        (lambda c: c["classes"][0].update(id=65_535), "masks hold 0 to 65534"),
         (lambda c: c["classes"][0].update(color=[0, 0]), r"classes\[0\].color must hold 3"),
         (lambda c: c["classes"].pop(), "two or more"),
         (lambda c: c.update(ignore_id=7), "other than ignore_id 7"),

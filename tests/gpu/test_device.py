@@ -22,7 +22,15 @@ def labels(device: str, sizes: list[tuple[int, int]], budget: int) -> list[np.nd
     for number, (height, width) in enumerate(sizes):
         plan = PlannedImage(number, str(number), "", None, None, 0, "", "files", 0)
         pixels = Pixels(blobs(height, width, number), None)
-        tiles.append(Tile(Picture(plan, pixels, 0, "", False, (0,), (0,)), 0, 0, height, width))
+        tiles.append(
+            Tile(
+                Picture(plan, pixels, 0, "", large=False, rows=(0,), columns=(0,)),
+                0,
+                0,
+                height,
+                width,
+            )
+        )
     answers = segmenter.predict(pack(tiles, budget, 2**40, segmenter.stride), confidence=False)
     found = {answer.tile.picture.plan.image_id: answer.rows.labels_HW for answer in answers}
     return [found[number] for number in range(len(sizes))]

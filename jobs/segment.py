@@ -69,7 +69,9 @@ def _from_file(path: str) -> SegmentConfig:
         raise RunRefused(
             f"--config {path} must hold `name: value` lines, it holds {type(values).__name__}"
         )
-    return from_mapping(values)
+    flags = {name: tyro.MISSING for name in ("source", "out") if name not in values}
+    # What the file leaves to the command line is filled in for the check and asked for after it.
+    return from_mapping({**dict.fromkeys(flags, "?"), **values}).model_copy(update=flags)
 
 
 def _run(config: SegmentConfig) -> int:

@@ -65,7 +65,7 @@ def refuse_strangers(out: Store) -> None:
     try:
         stranger = next((f for f in out.list() if not f.path.startswith(PREFLIGHT)), None)
     except StorageMissing as error:
-        if "bucket" in str(error):
+        if out.uri.startswith("s3://"):  # a prefix is never missing, only its bucket
             raise RunRefused(f"--out: {error}") from error
         return
     if stranger is not None and out.stat(RUN) is None:  # a driver may be a moment ahead of us

@@ -126,12 +126,13 @@ class Segmenter:
         x_BHWC = np.zeros((len(tiles), height, width, about.channels), np.float32)
         for tile, x_HWC in zip(tiles, x_BHWC, strict=True):
             values_HWC = tile.values_HWC
-            lo, hi = about.range or (0, np.iinfo(values_HWC.dtype).max)
+            own = about.range if values_HWC.dtype == np.uint16 else None  # 8 bits are 0 to 255
+            lo, hi = own or (0, np.iinfo(values_HWC.dtype).max)
             scale = (1 / ((hi - lo) * np.asarray(about.std))).astype(np.float32)
             shift = (-(lo / (hi - lo) + np.asarray(about.mean)) / np.asarray(about.std)).astype(
                 np.float32
             )
-            if about.range is not None:
+            if own is not None:
                 values_HWC = np.clip(values_HWC, lo, hi)
             if about.channels == 1 and values_HWC.shape[2] == 3:
                 values_HWC = _luma(values_HWC)

@@ -24,7 +24,11 @@ BUDGET = 4 * 160 * 160  # small, so that a fragment makes several batches
 
 
 def tiny_bundle(
-    folder: Path, ids: Sequence[int] = (0, 1), channels: int = 3, seed: int = 42
+    folder: Path,
+    ids: Sequence[int] = (0, 1),
+    channels: int = 3,
+    seed: int = 42,
+    limits: tuple[float, float] | None = None,
 ) -> Path:
     """Write an untrained latent-attention bundle that finds every class in a picture of blobs."""
     torch.manual_seed(seed)
@@ -37,7 +41,7 @@ def tiny_bundle(
             models.ClassInfo(i, name, colour)
             for i, name, colour in zip(ids, NAMES, COLOURS, strict=False)
         ),
-        input=models.InputInfo(channels, MEAN[:channels], STD[:channels]),
+        input=models.InputInfo(channels, MEAN[:channels], STD[:channels], limits),
         stride=model.stride,
         receptive_field=model.receptive_field,
         tile=models.TileInfo(160, 32),

@@ -138,7 +138,7 @@ def command(
     cwd: Path = ROOT,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Command]:
-    """`python -m jobs.segment …` as a person starts it; whatever is left of it ends with the test."""
+    """`python -m jobs.segment …` as a person starts it; what is left of it ends with the test."""
     started = Command(
         [sys.executable, "-m", f"jobs.{job}", *words],
         cwd=cwd,
@@ -154,7 +154,7 @@ def command(
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
-            started.communicate()
+        started.ended()
 
 
 class Command(subprocess.Popen[str]):
@@ -164,7 +164,8 @@ class Command(subprocess.Popen[str]):
 
     def ended(self, seconds: float = 2 * PATIENCE_S) -> int:
         """The exit code."""
-        self.out, self.err = self.communicate(timeout=seconds)
+        if not self.stdout.closed:
+            self.out, self.err = self.communicate(timeout=seconds)
         return self.returncode
 
 
@@ -173,6 +174,12 @@ def on_ray(words: Sequence[str], address: str, **named: Any) -> Command:
     with command([*words, "--on", address], **named) as driver:
         assert driver.ended() == EXIT_REJECTIONS, driver.out + driver.err
         return driver
+
+
+def until_actor(driver: Command, *above: int) -> None:
+    """Return when a model is loaded below one of these processes; fail if the driver ends first."""
+    until(lambda: actors(*above) or driver.poll() is not None, "an actor")
+    assert driver.poll() is None, driver.ended() and driver.out + driver.err
 
 
 def actors(*above: int) -> list[psutil.Process]:

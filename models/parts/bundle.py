@@ -49,7 +49,7 @@ class InputInfo:
     """Per channel, on the scale where black is 0 and white is 1."""
     std: tuple[float, ...]
     range: tuple[float, float] | None = None
-    """The pixel values that become 0 and 1; None: 0 and the largest of the dtype."""
+    """The 16-bit pixel values that become 0 and 1; None: 0 and 65535. 8-bit ones are 0 to 255."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "range"):  # 0 and 0.0 are equal, their JSON and its hash not

@@ -24,18 +24,6 @@ def short_archive(tmp_path_factory) -> Path:
     return filled(tmp_path_factory.mktemp("short"), mixed(12))
 
 
-@pytest.fixture(scope="module")
-def long_archive(tmp_path_factory) -> Path:
-    return filled(tmp_path_factory.mktemp("long"), mixed(160))
-
-
-@pytest.fixture(scope="module")
-def long_oracle(long_archive, tiny_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("long-oracle")
-    runs.finished(runs.words(long_archive, folder / "run", tiny_bundle), folder / "log")
-    return runs.content(folder / "run")
-
-
 def resumed(words: list[str], run: Path, log: Path) -> None:
     """Run to the end, and see that nothing committed was computed or written again."""
     before = runs.commits(run)

@@ -9,20 +9,6 @@ import pytest
 
 from pipeline.errors import EXIT_REJECTIONS, EXIT_UNFINISHED
 from tests import runs
-from tests.archives import filled
-from tests.objects import mixed
-
-
-@pytest.fixture(scope="module")
-def long_archive(tmp_path_factory) -> Path:
-    return filled(tmp_path_factory.mktemp("long"), mixed(160))
-
-
-@pytest.fixture(scope="module")
-def long_oracle(long_archive, tiny_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("long-oracle")
-    runs.finished(runs.words(long_archive, folder / "run", tiny_bundle), folder / "log")
-    return runs.content(folder / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

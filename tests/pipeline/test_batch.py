@@ -18,8 +18,9 @@ sizes = st.lists(
 def tiles_of(shapes) -> list[Tile]:
     made = []
     for height, width, channels, deep in shapes:
-        values = np.broadcast_to(np.dtype("u2" if deep else "u1").type(0), (height, width, channels))
-        picture = Picture(None, Pixels(values, None), 0, "", False, (0,), (0,))
+        zero = np.dtype("u2" if deep else "u1").type(0)
+        pixels = Pixels(np.broadcast_to(zero, (height, width, channels)), None)
+        picture = Picture(None, pixels, 0, "", large=False, rows=(0,), columns=(0,))
         made.append(Tile(picture, 0, 0, height, width))
     return made
 

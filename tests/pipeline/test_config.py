@@ -42,7 +42,10 @@ def test_a_name_like_no_other_is_refused_without_a_guess():
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"tile": {"size": 256, "overlap": 200}}, ["--tile.overlap 200", "--tile.size 256", "try 32"]),
+        (
+            {"tile": {"size": 256, "overlap": 200}},
+            ["--tile.overlap 200", "--tile.size 256", "try 32"],
+        ),
         ({"tile": {"size": 3}}, ["tile.size", "16", "3"]),
         ({"slot_bytes": 5000}, ["--slot-bytes 5000", "power of two"]),
         ({"size": "64x64"}, ["--size", "--layout stacked"]),
@@ -68,7 +71,7 @@ def test_all_that_is_wrong_is_said_at_once():
 
 
 def test_source_and_out_are_needed():
-    with pytest.raises(RunRefused, match="source.*out"):
+    with pytest.raises(RunRefused, match=r"source.*out"):
         from_mapping({})
 
 

@@ -14,7 +14,7 @@ from pipeline.config import from_mapping
 from pipeline.errors import RunRefused
 from pipeline.formats import parquet
 from pipeline.listing import Listing, discover
-from pipeline.storage import LocalStore
+from pipeline.storage import LocalStore, ObjectUnreadable
 from tests.contracts.formats import PICTURES, FormatContract, ShardContract, fetched, planned
 from tests.pictures import parquet_of, tar_of
 
@@ -353,10 +353,13 @@ class Restless(LocalStore):
             yield found
 
 
-@pytest.mark.parametrize(
+SHARDS = pytest.mark.parametrize(
     ("name", "data"),
     [("s.tar", tar_of({"a.png": PICTURES[0]})), ("t.parquet", parquet_of(PICTURES))],
 )
+
+
+@SHARDS
 def test_a_shard_that_changes_while_it_is_indexed_is_one_rejected_row(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
 
@@ -364,3 +367,35 @@ def test_a_shard_that_changes_while_it_is_indexed_is_one_rejected_row(tmp_path, 
 
     assert image.key == name
     assert image.problem.startswith("changed: ")
+
+
+class Locked(LocalStore):
+    """Every object can be listed, and none read."""
+
+    def read(self, path, start=0, length=None, etag=None):
+        raise ObjectUnreadable(f"{path}: Permission denied")
+
+
+@SHARDS
+def test_a_shard_that_cannot_be_read_is_one_rejected_row(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+
+    (image,) = planned(Locked(tmp_path), shard_format(name))
+
+    assert image.key == name
+    assert image.problem.startswith("unreadable: ")
+
+
+def shard_format(name: str) -> str:
+    return "webdataset" if name.endswith(".tar") else "parquet"
+
+
+@pytest.mark.parametrize("name", ["a.png", "s.tar", "t.parquet"])
+def test_an_image_that_cannot_be_read_any_more_is_unreadable(tmp_path, name):
+    data = {"a.png": PICTURES[0], "s.tar": tar_of({"a.png": PICTURES[0]})}
+    (tmp_path / name).write_bytes(data.get(name, parquet_of(PICTURES[:1])))
+    images = planned(LocalStore(tmp_path))
+
+    (answer,) = fetched(Locked(tmp_path), images)
+
+    assert (answer.data, answer.verdict.reason) == (None, "unreadable")

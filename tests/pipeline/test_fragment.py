@@ -168,7 +168,7 @@ def test_any_single_flipped_byte_is_found():
 
 
 def test_any_cut_is_found():
-    for size in [*range(0, 64), *range(64, len(GOOD), 31), len(GOOD) - 1]:
+    for size in [*range(64), *range(64, len(GOOD), 31), len(GOOD) - 1]:
         with pytest.raises(FragmentDamaged):
             checked(GOOD[:size])
 
@@ -200,6 +200,7 @@ def test_the_tables_columns_and_types_are_frozen():
         ("mean_confidence", "float", True), ("model_version", "string", False),
     ]  # fmt: skip
     assert [(f.name, str(f.type), f.nullable) for f in CLASS_STATS] == [
-        ("image_id", "int64", False), ("class_id", "uint16", False), ("pixel_count", "int64", False),
+        ("image_id", "int64", False), ("class_id", "uint16", False),
+        ("pixel_count", "int64", False),
         ("fraction", "float", False), ("mean_confidence", "float", True),
     ]  # fmt: skip

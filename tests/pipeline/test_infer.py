@@ -32,7 +32,15 @@ def picture(height, width, seed, channels=3, dtype=np.uint8, nodata=None, grid=G
         values = values.astype(np.uint16) << 8
     plan = PlannedImage(seed, str(seed), "", None, None, 0, "", "files", 0)
     pixels = Pixels(np.ascontiguousarray(values), nodata)
-    return Picture(plan, pixels, 0, "", False, grid.offsets(height), grid.offsets(width))
+    return Picture(
+        plan,
+        pixels,
+        0,
+        "",
+        large=False,
+        rows=grid.offsets(height),
+        columns=grid.offsets(width),
+    )
 
 
 def pictures(nodata=False) -> list[Picture]:
@@ -48,9 +56,7 @@ def pictures(nodata=False) -> list[Picture]:
 
 def answers(segmenter, chosen, budget, confidence=True) -> dict[int, object]:
     batches = pack(cut(chosen, GRID), budget, 10**9, segmenter.stride)
-    return {
-        a.tile.picture.plan.image_id: a.rows for a in segmenter.predict(batches, confidence)
-    }
+    return {a.tile.picture.plan.image_id: a.rows for a in segmenter.predict(batches, confidence)}
 
 
 def assert_same(one, other):
@@ -171,6 +177,27 @@ def test_16_bit_and_8_bit_of_the_same_picture_get_nearly_the_same_mask(segmenter
     assert (narrow.labels_HW != wide.labels_HW).mean() < 0.02
 
 
+def test_the_bundles_range_is_for_16_bits_alone_and_clips(tmp_path, segmenter):
+    ranged = Segmenter(*files_of(tiny_bundle(tmp_path, limits=(1000, 3000))), "cpu")
+    plain = picture(64, 64, 3, 1)
+    values = plain.pixels.values_HWC
+
+    def mask(one, made):
+        (rows,) = answers(made, [one], 1).values()
+        return rows.labels_HW
+
+    def of(array):
+        return replace(plain, pixels=Pixels(array, None))
+
+    assert np.array_equal(mask(plain, ranged), mask(plain, segmenter))
+    twelve_bits = (1000 + values.astype(np.float64) * 2000 / 255).round().astype(np.uint16)
+    assert (mask(of(twelve_bits), ranged) != mask(plain, segmenter)).mean() < 0.02
+    beyond = twelve_bits.copy()
+    beyond[values == 255] = 60_000
+    beyond[values == 0] = 0
+    assert np.array_equal(mask(of(beyond), ranged), mask(of(twelve_bits), ranged))
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 
@@ -208,7 +235,8 @@ def test_one_tile_that_does_not_fit_is_a_failure_of_its_own(tiny_bundle):
 
     segmenter._run = small_memory
     batches = pack(cut([picture(64, 64, s) for s in range(6)], GRID), 10**9, 10**9, 4)
-    failures = {a.tile.picture.plan.image_id: a.failure for a in segmenter.predict(batches, False)}
+    said = segmenter.predict(batches, confidence=False)
+    failures = {a.tile.picture.plan.image_id: a.failure for a in said}
 
     assert failures.pop(3) == "one tile of 64 x 64 pixels does not fit the memory"
     assert set(failures.values()) == {None}
@@ -235,7 +263,13 @@ def test_a_probe_finds_a_budget_of_whole_probe_pictures(segmenter):
 
 @pytest.mark.parametrize(
     ("cells", "size"),
-    [((16, 12), (64, 48)), ((16, 12), (67, 51)), ((1, 1), (4, 4)), ((1, 9), (5, 38)), ((7, 3), (7, 3))],
+    [
+        ((16, 12), (64, 48)),
+        ((16, 12), (67, 51)),
+        ((1, 1), (4, 4)),
+        ((1, 9), (5, 38)),
+        ((7, 3), (7, 3)),
+    ],
 )
 def test_strips_are_up_sampled_as_torch_would_up_sample_the_whole(cells, size):
     scores = torch.randn(3, *cells, generator=torch.Generator().manual_seed(0))
@@ -277,7 +311,7 @@ def test_a_tiled_picture_equals_the_untiled_one_where_the_field_is_finite(tiny_b
         assert one.tiled == (grid.size < 400)
         batches = pack(cut([one], grid), 2 * 96 * 96, 10**9, 4)
         finish = partial(made.finish, confidence=True)
-        strips = list(stitch(made.predict(batches, True), grid, finish))
+        strips = list(stitch(made.predict(batches, confidence=True), grid, finish))
         if one.tiled:
             assert strips[-1].seam_score == 0.0
         assert sum(s.rows.counts_K.sum() for s in strips) == (~holes).sum()

@@ -33,7 +33,7 @@ def store(tmp_path, monkeypatch):
 def picture_of(height, width) -> Picture:
     plan = PlannedImage(5, "big.tif", "s3://b/big.tif", None, None, 1, "e", "files", 0)
     values = np.broadcast_to(np.uint8(0), (height, width, 1))
-    return Picture(plan, Pixels(values, None), 1, "sha", True, (0,), (0,))
+    return Picture(plan, Pixels(values, None), 1, "sha", large=True, rows=(0,), columns=(0,))
 
 
 def rows_of(labels, sure) -> Rows:
@@ -82,9 +82,7 @@ def test_regions_are_objects_that_carry_their_counts(store):
     for y in range(3):
         for x in range(2):
             part = labels[y * REGION : (y + 1) * REGION, x * REGION : (x + 1) * REGION]
-            pixels, about = committed_region(
-                store, f"{PATH}/0/c/{y}/{x}", part.shape, "uint8", 255
-            )
+            pixels, about = committed_region(store, f"{PATH}/0/c/{y}/{x}", part.shape, "uint8", 255)
             assert np.array_equal(pixels, part)
             counts += about["counts"]
     assert mask.counts_K.tolist() == counts.tolist() == rows_of(labels, sure).counts_K.tolist()

@@ -49,7 +49,8 @@ def sizes_of(table) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("images", "most"), [(1, 16), (40, 16), (1024, 16), (2048, 32), (64 * 1024, 1024), (100_000, 1024)]
+    ("images", "most"),
+    [(1, 16), (40, 16), (1024, 16), (2048, 32), (64 * 1024, 1024), (100_000, 1024)],
 )
 def test_a_fragment_holds_a_64th_of_the_images_but_16_to_1024(images, most):
     table = planned(Listed({f"{i:06}.jpg": 1 for i in range(images)}))
@@ -104,7 +105,8 @@ def archive(folder, contents):
 def test_sidecars_are_counted_by_suffix_and_never_planned(tmp_path):
     store = archive(
         tmp_path,
-        {"a.jpg": b"1", "a.json": b"", "b.json": b"", "README": b"", "c.unheard": b"some text of mine",
+        {"a.jpg": b"1", "a.json": b"", "b.json": b"", "README": b"",
+         "c.unheard": b"some text of mine",
          ".hidden.jpg": b"1", "s.tar": tar_of({"x.jpg": b"1", "x.cls": b"3"})},
     )  # fmt: skip
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -122,7 +124,12 @@ def test_sidecars_are_counted_by_suffix_and_never_planned(tmp_path):
 def test_include_and_exclude_are_globs_over_whole_keys(tmp_path):
     store = archive(
         tmp_path,
-        {"a/1.jpg": b"1", "a/2.png": b"1", "b/1.jpg": b"1", "s.tar": tar_of({"1.jpg": b"1", "2.jpg": b"2"})},
+        {
+            "a/1.jpg": b"1",
+            "a/2.png": b"1",
+            "b/1.jpg": b"1",
+            "s.tar": tar_of({"1.jpg": b"1", "2.jpg": b"2"}),
+        },
     )
 
     def keys(**knobs):
@@ -180,7 +187,8 @@ def known_of(store, table, **reasons):
 
 def changes(table) -> dict[str, tuple[str, int, int, int | None]]:
     return {
-        r["key"]: (r["change"], r["image_id"], r["fragment"], r["replaces"]) for r in table.to_pylist()
+        r["key"]: (r["change"], r["image_id"], r["fragment"], r["replaces"])
+        for r in table.to_pylist()
     }
 
 
@@ -231,7 +239,8 @@ def test_a_limited_round_removes_nothing_and_tops_up_to_the_limit(tmp_path):
     later = planned(store, known, NEXT, limit=4)
 
     assert changes(later) == {
-        "0.jpg": ("changed", 10, 3, 0), "2.jpg": ("new", 11, 3, None), "3.jpg": ("new", 12, 3, None),
+        "0.jpg": ("changed", 10, 3, 0),
+        "2.jpg": ("new", 11, 3, None), "3.jpg": ("new", 12, 3, None),
     }  # fmt: skip
 
 
@@ -240,7 +249,8 @@ def test_rows_of_a_table_that_was_written_again_count_as_changed(tmp_path):
     known = known_of(store, planned(store))
     (tmp_path / "t.parquet").write_bytes(parquet_of([b"1", b"2", b"3"]))
 
-    assert [c for c, *_ in changes(planned(store, known, NEXT)).values()] == ["changed", "changed", "new"]
+    found = changes(planned(store, known, NEXT)).values()
+    assert [change for change, *_ in found] == ["changed", "changed", "new"]
 
 
 # -- as objects ----------------------------------------------------------------------------------

@@ -25,7 +25,13 @@ def picture_of(height: int, width: int, grid: Grid, image_id: int = 0) -> Pictur
         0, 255, (height, width, 1), np.uint8
     )
     return Picture(
-        plan, Pixels(values, None), 0, "", False, grid.offsets(height), grid.offsets(width)
+        plan,
+        Pixels(values, None),
+        0,
+        "",
+        large=False,
+        rows=grid.offsets(height),
+        columns=grid.offsets(width),
     )
 
 
@@ -174,7 +180,8 @@ def test_tiles_that_disagree_where_they_overlap_raise_the_seam_score():
     strips = list(stitch(answered([picture], grid, stubborn), grid, repeated))
 
     assert strips[-1].seam_score == 1.0
-    agreeing = list(stitch(answered([picture], grid, lambda v: np.ones_like(scored(v))), grid, repeated))
+    alike = answered([picture], grid, lambda v: np.ones_like(scored(v)))
+    agreeing = list(stitch(alike, grid, repeated))
     assert agreeing[-1].seam_score == 0.0
 
 

@@ -1,0 +1,85 @@
+"""Kill what Ray runs: an actor or a node costs time, a driver one more call, no one an image."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from pipeline.errors import EXIT_REJECTIONS
+from tests import runs
+
+pytestmark = pytest.mark.timeout(240)
+RECOVERY_S = 180.0  # Ray notices a lost node after 15 s or more, then starts actors anew
+
+
+def kill(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def test_actors_killed_at_several_points_cost_no_image(
+    ray_own_nodes, long_archive, tiny_bundle, long_oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(long_archive, run, tiny_bundle, "--on", ray_own_nodes.address)
+    with runs.command(words) as driver:
+        for commits in (1, 8):
+            runs.until(
+                lambda n=commits: runs.committed(run) >= n or driver.poll() is not None,
+                f"{commits} commits",
+            )
+            killed = runs.actors(*ray_own_nodes.raylets)[:1]
+            assert killed, f"no actor was alive after {commits} commits"
+            before = runs.commits(run)
+            kill(killed[0])
+        assert driver.ended(RECOVERY_S) == EXIT_REJECTIONS, driver.out + driver.err
+
+    assert before.items() <= runs.commits(run).items()
+    assert runs.this_call(run)["adopted"] == 0
+    runs.assert_same(run, long_oracle)
+
+
+def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
+    long_archive, tiny_bundle, long_oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(long_archive, run, tiny_bundle)
+    with runs.command([*words, "--on", "local"]) as driver:
+        runs.until(lambda: runs.committed(run) >= 2 or driver.poll() is not None, "two commits")
+        below = psutil.Process(driver.pid).children(recursive=True)
+        # two agents without work look for their raylet once a minute only
+        workers = [process for process in below if "Agent" not in process.name()]
+        assert len(workers) > 3
+        driver.kill()
+        assert driver.ended() == -signal.SIGKILL
+    _, left = psutil.wait_procs(workers, 20)
+    assert not left, "Ray outlives its driver"
+    before = runs.commits(run)
+    assert len(before) < len(long_oracle["fragments"])
+
+    runs.finished(words, tmp_path / "log")
+    assert before.items() <= runs.commits(run).items()
+    assert runs.this_call(run)["fragments"] == len(long_oracle["fragments"]) - len(before)
+    runs.assert_same(run, long_oracle)
+
+
+def test_a_node_killed_in_the_middle_costs_no_image(
+    ray_own_nodes, long_archive, tiny_bundle, long_oracle, tmp_path
+):
+    """The last test of this file: it leaves one node."""
+    run = tmp_path / "run"
+    words = runs.words(long_archive, run, tiny_bundle, "--compute.workers", "3")
+    with runs.command([*words, "--on", ray_own_nodes.address]) as driver:
+        runs.until(lambda: runs.committed(run) >= 2 or driver.poll() is not None, "two commits")
+        before = runs.commits(run)
+        ray_own_nodes.kill(1)
+        assert len(runs.commits(run)) < len(long_oracle["fragments"]), "too late to matter"
+        assert driver.ended(RECOVERY_S) == EXIT_REJECTIONS, driver.out + driver.err
+
+    assert before.items() <= runs.commits(run).items()
+    runs.assert_same(run, long_oracle)
+    call = runs.this_call(run)
+    assert call["fragments"] - call["adopted"] <= len(long_oracle["fragments"])

@@ -6,6 +6,7 @@ and plans one more round if it has changed. Where the fragments run is somebody 
 """
 
 import json
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
     ledger.refuse_other(config, card.sha256)
     ledger.ensure_bundle(bundle)
     if ledger.rounds():
-        ledger.ensure_array()
+        ledger.ensure_derived()
     else:  # its driver was killed between claim and plan
         cap = ledger.layout.slots if ledger.layout.kind == "stacked" else None
         ledger.add_round(0, as_object(first_round(config, source, listing, cap), listing))
@@ -94,7 +95,10 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
 
 
 def _refuse_nesting(source: Store, out: Store) -> None:
-    a, b = f"{source.uri}/", f"{out.uri}/"
+    # Links are resolved, so that a run cannot come to lie in its own source through one.
+    a, b = (
+        f"{s.uri if s.uri.startswith('s3://') else os.path.realpath(s.uri)}/" for s in (source, out)
+    )
     if a.startswith(b) or b.startswith(a):
         raise RunRefused(
             f"--out {out.uri} and the source {source.uri} lie inside each other; "

@@ -83,7 +83,7 @@ class SegmentConfig(_Knobs):
     """Segment every image below SOURCE into the run folder OUT, each exactly once."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder, object or prefix that holds the images: a local path or s3://bucket/prefix."""
+    """Folder or prefix that holds the images: a local path or s3://bucket/prefix."""
     out: str
     """The run folder: a local path or s3://bucket/prefix. The same command again resumes it."""
     model: str = "demo"

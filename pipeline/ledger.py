@@ -23,10 +23,10 @@ from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
 from pipeline.layout import ARRAY, COMMITS, MASKS, Layout, class_attributes, group_json
-from pipeline.plan import FRAGMENTS, fragments_table, path_of_round
+from pipeline.plan import FRAGMENTS, fragments_table, path_of_fragments, path_of_round
 from pipeline.ranged import Ranged
 from pipeline.storage import Found, Store
-from pipeline.tables import read_table, write_table
+from pipeline.tables import TableDamaged, read_table, write_table
 from pipeline.tile import Grid
 
 FORMAT_VERSION = 1
@@ -205,25 +205,40 @@ class Ledger:
 
     def plan(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A whole round's plan (some columns of it)."""
-        with self.plan_file(path_of_round(number)) as file:
-            return read_table(file, columns)
+        path = path_of_round(number)
+        try:
+            with self.plan_file(path) as file:
+                return read_table(file, columns)
+        except TableDamaged as error:
+            raise TableDamaged(
+                f"{self.store.uri}/{path}: {error}; a plan cannot be made again: restore the object"
+            ) from error
 
     def fragments(self, number: int) -> pa.Table:
-        """The fragments of a round; derived from its plan where the table beside it is missing."""
-        path = f"plan/{number:03d}.fragments.parquet"
-        if self.store.stat(path) is None:
-            table = fragments_table(self.plan(number, ["fragment", "nbytes", "image_id"]))
-            self.store.replace(path, write_table(table))
-        with self.plan_file(path) as file:
+        """The fragments of a round; taken from its plan where their own table is no good."""
+        try:
+            return self.stored_fragments(number)
+        except (StorageMissing, TableDamaged, pa.ArrowInvalid):
+            return fragments_table(self.plan(number, ["fragment", "nbytes", "image_id"]))
+
+    def stored_fragments(self, number: int) -> pa.Table:
+        """The small table beside a plan, as it lies there."""
+        with self.plan_file(path_of_fragments(number)) as file:
             return read_table(file).cast(FRAGMENTS)
 
     def add_round(self, number: int, data: bytes) -> None:
         """Write a round's plan, unless another driver has; then grow the array to hold it."""
         self.store.create(path_of_round(number), data)
-        self.ensure_array()
+        self.ensure_derived()
 
-    def ensure_array(self) -> None:
-        """Write the Zarr metadata of all that is planned, if a killed driver has not."""
+    def ensure_derived(self) -> None:
+        """Write what follows from the plans, if a killed driver has not: tables, Zarr metadata."""
+        for number in self.rounds():
+            try:
+                self.stored_fragments(number)
+            except (StorageMissing, TableDamaged, pa.ArrowInvalid):
+                table = write_table(self.fragments(number))
+                self.store.replace(path_of_fragments(number), table)
         for path, data in self.array_files().items():
             if self.store.stat(path) is None or self.store.read(path) != data:
                 self.store.replace(path, data)

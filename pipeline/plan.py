@@ -232,6 +232,11 @@ def path_of_round(number: int) -> str:
     return f"plan/{number:03d}.parquet"
 
 
+def path_of_fragments(number: int) -> str:
+    """Where the small table beside it lies."""
+    return f"plan/{number:03d}.fragments.parquet"
+
+
 def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
     """The round as one object: a row group per fragment, removed keys in the last one."""
     sink = io.BytesIO()

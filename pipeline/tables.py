@@ -11,11 +11,26 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import StorageError
+
+
+class TableDamaged(StorageError, OSError):
+    """An object that should be a Parquet table and is not."""
+
 
 def read_table(source: bytes | io.IOBase, columns: list[str] | None = None) -> pa.Table:
-    """A whole table, or some columns of it."""
+    """A whole table, or some columns of it.
+
+    Raises:
+        TableDamaged: if it cannot be read.
+    """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+    try:
+        return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise TableDamaged(f"not a readable Parquet table: {error}") from error
 
 
 def write_table(table: pa.Table) -> bytes:

@@ -118,7 +118,7 @@ def _plans(ledger: Ledger, plans: dict[int, pa.Table]) -> Iterator[str]:
         ):
             where = f"plan/{number:03d}.parquet"
             yield f"{where}: fragments do not go on from {next_fragment} without gaps"
-        if not ledger.fragments(number).equals(fragments_table(plan)):
+        if not ledger.stored_fragments(number).equals(fragments_table(plan)):
             yield f"plan/{number:03d}.fragments.parquet: does not say what the plan says"
         next_id += len(ids)
         next_fragment = int(fragments[-1]) + 1 if len(fragments) else next_fragment

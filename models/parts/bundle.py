@@ -26,7 +26,7 @@ class ClassInfo:
     """One thing the model can tell apart."""
 
     id: int
-    """Its value in a mask, 0 to 65534 (beyond 254 masks are 16-bit); need not be its place among the
+    """Its value in a mask, 0 to 65534 (beyond 254 masks are 16-bit); not always its place among the
     scores."""
     name: str
     color: tuple[int, int, int]

@@ -111,8 +111,8 @@ class SegmentConfig(_Knobs):
     confidence: bool = False
     """Store each pixel's confidence (uint8, 255 = certain) beside its class."""
     slot_bytes: int | None = Field(default=None, ge=4096)
-    """Pixels of one inner chunk of the flat layout, a power of two; default: from probed image
-    sizes."""
+    """Pixels of one inner chunk of the flat layout, a multiple of 4096; default: what nine of ten
+    probed images fit into."""
     log: Literal["auto", "text", "json"] = "auto"
     """auto: a live bar on a terminal, plain lines elsewhere."""
     interval_s: float = Field(default=10.0, gt=0)
@@ -141,8 +141,8 @@ class SegmentConfig(_Knobs):
                 f"--tile.overlap {self.tile.overlap} must be at most half of "
                 f"--tile.size {self.tile.size}; try {self.tile.size // 8}"
             )
-        if self.slot_bytes and self.slot_bytes & (self.slot_bytes - 1):
-            raise ValueError(f"--slot-bytes {self.slot_bytes} must be a power of two")
+        if self.slot_bytes and self.slot_bytes % 4096:
+            raise ValueError(f"--slot-bytes {self.slot_bytes} must be a multiple of 4096")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ DEMO = Path(__file__).parent.parent / "models" / "demo"
 PROBED = 256  # images whose headers decide the slot size (STORE §5)
 HEAD = 65_536  # bytes of an image that usually hold its size
 SLOT_LEAST, SLOT_MOST = 2**16, 2**22
+SLOT_STEP = 4096  # the next power of two would store up to as much filling as mask
 TILE, OVERLAP = 1024, 128  # where neither config nor bundle says
 
 
@@ -161,7 +162,7 @@ def _layout(config: SegmentConfig, source: Store, plan: Round, card: Bundle) -> 
         height, width = _one_size(config, sizes)
         return Layout("stacked", dtype, fill, max(most, 16), height * width, height, width)
     areas = [h * w for h, w in sizes] or [SLOT_LEAST]
-    slot = 2 ** int(np.ceil(np.log2(max(1, np.quantile(areas, 0.9)))))
+    slot = -(-int(np.quantile(areas, 0.9)) // SLOT_STEP) * SLOT_STEP
     slot = config.slot_bytes or min(SLOT_MOST, max(SLOT_LEAST, slot))
     return Layout("flat", dtype, fill, N_SLOTS, slot, confidence=config.confidence)
 

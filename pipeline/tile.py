@@ -35,18 +35,35 @@ class Grid:
     min_side: int
     """The model's smallest input; smaller pictures are padded up to it."""
 
+    def side(self, length: int) -> int:
+        """The side of the tiles along a picture's side: all equal, as small as their number allows.
+
+        Tiles of full size would overlap far more than asked for wherever the length is a little
+        beyond a multiple: 1200 pixels in tiles of 1024 are two of 664, not two of 1024.
+        """
+        if length <= self.size:
+            return length
+        most, overlap = max(self.stride, self.size // self.stride * self.stride), self._shared
+        count = -(-(length - overlap) // max(self.stride, most - overlap))
+        even = -(-(length + (count - 1) * overlap) // count)
+        return -(-even // self.stride) * self.stride
+
+    @property
+    def _shared(self) -> int:
+        """The overlap in whole cells."""
+        return -(-self.overlap // self.stride) * self.stride
+
     def offsets(self, length: int) -> tuple[int, ...]:
         """First pixels of the tiles along a side, multiples of the stride."""
-        size = max(self.stride, self.size // self.stride * self.stride)
-        if length <= size:
+        side = self.side(length)
+        if side == length:
             return (0,)
-        step = max(self.stride, (size - self.overlap) // self.stride * self.stride)
-        last = -(-(length - size) // self.stride) * self.stride
-        return (*range(0, last, step), last)
+        last = -(-(length - side) // self.stride) * self.stride
+        return (*range(0, last, max(self.stride, side - self._shared)), last)
 
     def extent(self, offset: int, length: int) -> int:
         """Pixels of the tile that starts there."""
-        return min(max(self.stride, self.size // self.stride * self.stride), length - offset)
+        return min(self.side(length), length - offset)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

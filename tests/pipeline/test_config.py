@@ -47,7 +47,7 @@ def test_a_name_like_no_other_is_refused_without_a_guess():
             ["--tile.overlap 200", "--tile.size 256", "try 32"],
         ),
         ({"tile": {"size": 3}}, ["tile.size", "16", "3"]),
-        ({"slot_bytes": 5000}, ["--slot-bytes 5000", "power of two"]),
+        ({"slot_bytes": 5000}, ["--slot-bytes 5000", "multiple of 4096"]),
         ({"size": "64x64"}, ["--size", "--layout stacked"]),
         ({"size": "64", "layout": "stacked"}, ["size", "'64'"]),
         ({"layout": "stacked", "confidence": True}, ["--confidence", "--layout stacked"]),

@@ -30,10 +30,17 @@ def commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
+def shown(word: str) -> str:
+    """A word of the command line; of a path only its end, which says what the data are."""
+    path = Path(word)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else word
+
+
 def record(title: str, lines: list[str]) -> None:
     """Print the lines and append them to RESULTS.md."""
     date = datetime.now(UTC).date().isoformat()
-    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(shown, sys.argv[1:])]
+    command = shlex.join(words)
     text = "\n".join(
         [
             f"## {date} {title}",

@@ -306,6 +306,7 @@ class _Segment:
         clock = Clock()
         results = attempt(task, _encoded(table, line, task), line, self._segmenter, clock)
         data, receipt = object_of(task, results, line)
+        self._segmenter.between_fragments()
         seconds = {**json.loads(table["seconds"][0].as_py()), **clock.seconds}
         about = json.dumps({**asdict(receipt), "seconds": seconds})
         return pa.table({**keep, "object": pa.array([data], pa.large_binary()), "receipt": [about]})

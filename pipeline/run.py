@@ -112,6 +112,7 @@ def run_fragment(task: Task, line: Line, segmenter: Segmenter, clock: Clock) -> 
     start = time.perf_counter()
     mine = store(task, data, line)
     seconds = {**clock.seconds, "store": time.perf_counter() - start}
+    segmenter.between_fragments()
     return replace(receipt, seconds=seconds, adopted=not mine)
 
 

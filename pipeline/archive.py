@@ -203,15 +203,11 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     """Plan one more round if the source has changed or images are tried again."""
     numbers = ledger.rounds()
     start = time.monotonic()
-    ids = [ledger.plan(n, ["image_id"])["image_id"] for n in numbers]
+    planned = [row for n in numbers for row in ledger.fragments(n).to_pylist()]
     first = Start(
         round=numbers[-1] + 1,
-        image_id=1 + max((max(c.to_pylist(), default=-1) for c in ids), default=-1),
-        fragment=1
-        + max(
-            (max(ledger.fragments(n)["fragment"].to_pylist(), default=-1) for n in numbers),
-            default=-1,
-        ),
+        image_id=max((row["first_image_id"] + row["images"] for row in planned), default=0),
+        fragment=1 + max((row["fragment"] for row in planned), default=-1),
         cap=ledger.layout.slots if ledger.layout.kind == "stacked" else None,
     )
     plan = plan_round(source, config, listing, _known(ledger), first)

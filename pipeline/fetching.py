@@ -29,10 +29,13 @@ def lost(error: StorageError) -> Verdict:
     )
 
 
-def read_span(store: Store, image: PlannedImage, start: int, length: int | None) -> EncodedImage:
-    """An image's bytes, or the verdict when the object is gone or another one."""
+def read_span(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
+    """An image's bytes, a whole object or its part of a shard, or why there are none."""
+    if image.nbytes > limit:
+        return EncodedImage(image, None, too_many_bytes(image, limit))
+    length = None if image.offset is None else image.nbytes
     try:
-        data = store.read(path_of(image.key), start, length, etag=image.etag)
+        data = store.read(path_of(image.key), image.offset or 0, length, etag=image.etag)
     except LOST as error:
         return EncodedImage(image, None, lost(error))
     if length is not None and len(data) < length:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pipeline.fetching import in_flight, read_span, too_many_bytes
+from pipeline.fetching import in_flight, read_span
 from pipeline.formats import Entry
 from pipeline.kinds import OURS
 from pipeline.records import EncodedImage, PlannedImage
@@ -21,10 +21,4 @@ def fetch(
     store: Store, images: Sequence[PlannedImage], threads: int, limit: int
 ) -> Iterator[EncodedImage]:
     """Whole objects, many requests in flight, in order."""
-    yield from in_flight(partial(_one, store, limit), images, threads)
-
-
-def _one(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
-    if image.nbytes > limit:
-        return EncodedImage(image, None, too_many_bytes(image, limit))
-    return read_span(store, image, 0, None)
+    yield from in_flight(partial(read_span, store, limit), images, threads)

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pipeline.fetching import LOST, in_flight, lost, read_span, too_many_bytes
+from pipeline.fetching import LOST, in_flight, lost, read_span
 from pipeline.formats import Entry
 from pipeline.keys import member_part, printable
 from pipeline.kinds import kind_of_name
@@ -81,13 +81,7 @@ def fetch(
     store: Store, images: Sequence[PlannedImage], threads: int, limit: int
 ) -> Iterator[EncodedImage]:
     """Byte ranges of the shard, many requests in flight, in order."""
-    yield from in_flight(partial(_one, store, limit), images, threads)
-
-
-def _one(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
-    if image.nbytes > limit:
-        return EncodedImage(image, None, too_many_bytes(image, limit))
-    return read_span(store, image, image.offset or 0, image.nbytes)
+    yield from in_flight(partial(read_span, store, limit), images, threads)
 
 
 class _Forward(io.RawIOBase):

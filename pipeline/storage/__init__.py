@@ -17,7 +17,7 @@ from pipeline.errors import RunRefused, StorageDenied, StorageMissing
 from pipeline.keys import printable
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable, Store
 from pipeline.storage.local import LocalStore
-from pipeline.storage.s3 import S3Store, forget_connections
+from pipeline.storage.s3 import S3Store
 
 __all__ = [
     "PREFLIGHT",
@@ -29,7 +29,6 @@ __all__ = [
     "Store",
     "absolute",
     "check_create_only",
-    "forget_connections",
     "open_store",
 ]
 

@@ -225,12 +225,6 @@ def _connection() -> _Connection:
         return _made[os.getpid()]
 
 
-def forget_connections() -> None:
-    """Drop the client, so that the next request reads endpoint and credentials anew."""
-    with _making:
-        _made.clear()
-
-
 def _code(error: BaseException) -> str:
     answer = getattr(error, "response", None)
     if not isinstance(answer, dict):

@@ -3,6 +3,7 @@
 import os
 from itertools import count
 from pathlib import Path
+from random import Random
 
 PICTURES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif"}
 
@@ -19,8 +20,12 @@ def pictures(folders: list[Path]) -> list[Path]:
 
 
 def repeated(folders: list[Path], images: int, out: Path) -> Path:
-    """A folder with so many pictures: copies are taken in turn, each under its own key."""
+    """A folder with so many pictures: copies are taken in turn, each under its own key.
+
+    Shuffled once, so that every part of the run sees the same mix of sizes.
+    """
     originals = pictures(folders)
+    Random(0).shuffle(originals)
     for number in count():
         if number >= images:
             return out

@@ -21,12 +21,12 @@ from pathlib import Path
 from benchmarks.corpora import pictures, repeated
 from benchmarks.record import record
 from pipeline.batch import pack
-from pipeline.create import read_bundle
+from pipeline.create import OVERLAP, TILE, grid_of, read_bundle
 from pipeline.decode import DecodeLimits, decode
 from pipeline.fragment import slots_of
 from pipeline.infer import Segmenter
 from pipeline.records import PlannedImage
-from pipeline.tile import Grid, Picture, cut, stitch
+from pipeline.tile import Picture, cut, stitch
 
 SLOT = 2**18
 STAGES = ("read", "decode", "predict", "encode")
@@ -35,14 +35,8 @@ STAGES = ("read", "decode", "predict", "encode")
 def stage_costs(files: list[Path], segmenter: Segmenter, budget: int) -> dict[str, float]:
     """Single-thread seconds per megapixel of each stage."""
     about = segmenter.bundle.tile
-    grid = Grid(
-        about.size if about else 1024,
-        about.overlap if about else 128,
-        segmenter.stride,
-        "gaussian",
-        segmenter.receptive_field,
-        segmenter.min_side,
-    )
+    found = segmenter.found(budget)
+    grid = grid_of(found, about.size if about else TILE, about.overlap if about else OVERLAP)
     spent, megapixels, decoded = dict.fromkeys(STAGES, 0.0), 0.0, []
     for number, file in enumerate(files):
         start = time.perf_counter()
@@ -60,7 +54,7 @@ def stage_costs(files: list[Path], segmenter: Segmenter, budget: int) -> dict[st
     finish = partial(segmenter.finish, confidence=False)
     start = time.perf_counter()
     answers = segmenter.predict(
-        pack(cut(decoded, grid), budget, 2**40, grid.stride), confidence=False
+        pack(cut(decoded, grid), budget, 2**40, grid.align), confidence=False
     )
     strips = list(stitch(answers, grid, finish))
     spent["predict"] = time.perf_counter() - start

@@ -3,10 +3,12 @@
 What they share: one logger, and the one place where an exception becomes an exit code.
 """
 
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pkgutil import iter_modules
 
 from pipeline.errors import (
     EXIT_BUG,
@@ -29,6 +31,18 @@ QUIET = (
     "urllib3",
     "fsspec",
 )  # at DEBUG they print keys and signatures
+
+
+def names() -> list[str]:
+    """The commands: the files of this folder."""
+    return sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def nearest(name: str) -> str:
+    """What to say of a command that is none."""
+    near = difflib.get_close_matches(name, names(), 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no command {name!r}{hint} ({', '.join(names())})"
 
 
 def ended(command: Callable[[], int]) -> int:

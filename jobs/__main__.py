@@ -1,19 +1,13 @@
 """``maskfleet COMMAND …``: list the folder, hand over to the command."""
 
 import ast
-import difflib
 import sys
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
 import jobs
+from jobs import names, nearest
 from pipeline.errors import EXIT_DONE, EXIT_REFUSED
-
-
-def names() -> list[str]:
-    """The commands: the files of this folder."""
-    return sorted(m.name for m in iter_modules(jobs.__path__) if not m.name.startswith("_"))
 
 
 def _first_line(name: str) -> str:
@@ -32,9 +26,7 @@ def main() -> int:
         )
         return EXIT_DONE if arguments else EXIT_REFUSED
     if arguments[0] not in names():
-        near = difflib.get_close_matches(arguments[0], names(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        sys.stderr.write(f"there is no command {arguments[0]!r}{hint} ({', '.join(names())})\n")
+        sys.stderr.write(f"{nearest(arguments[0])}\n")
         return EXIT_REFUSED
     return import_module(f"jobs.{arguments[0]}").main(arguments[1:])
 

@@ -69,6 +69,11 @@ def _from_file(path: str) -> SegmentConfig:
         raise RunRefused(
             f"--config {path} must hold `name: value` lines, it holds {type(values).__name__}"
         )
+    if "architecture" in values:
+        raise RunRefused(
+            f"--config {path}: architecture runs the code of a module, so a file cannot give it; "
+            f"say --architecture {values['architecture']} on the command line"
+        )
     flags = {name: tyro.MISSING for name in ("source", "out") if name not in values}
     # What the file leaves to the command line is filled in for the check and asked for after it.
     return from_mapping({**dict.fromkeys(flags, "?"), **values}).model_copy(update=flags)
@@ -115,9 +120,9 @@ class Chosen:
             self._place = _here(self._compute) if here else _on_ray(where, self._compute)
         return self._place
 
-    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
+    def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
         """See `pipeline.place.Place.found`."""
-        return self._for(images).found(bundle, images)
+        return self._for(images).found(bundle, images, config)
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `pipeline.place.Place.run`."""
@@ -159,9 +164,10 @@ def _told(config: SegmentConfig, outcome: Outcome) -> int:
         )
         return EXIT_DONE
     counts, call = receipt["counts"], receipt["this_call"]
+    answers = "masks" if receipt["task"] == "segment" else "labels"
     lines = [
         (
-            f"{counts['done']} masks, {counts['rejected_total']} rejected"
+            f"{counts['done']} {answers}, {counts['rejected_total']} rejected"
             f" of {counts['planned']} images ({skipped} other objects skipped)"
         ),
         (

@@ -2,6 +2,7 @@
 
 Open in this order: run (the legs), listing, plan, formats/, pictures, decode (headers), tile (cut),
 batch, infer, tile (stitch), measure, packing, fragment, ledger, finalize.
+classify is the short way, for models that answer with one class per picture.
 archive puts a whole call together, create founds a run, here and cluster are the places it runs,
 careful finds an image that kills, reader opens what was made. records, config, errors, keys, kinds,
 layout and line are the nouns they share; storage is where bytes lie.
@@ -19,6 +20,7 @@ def open_run(uri: str) -> "Run":
     """Open a run folder to read it.
 
     ``open_run(uri).mask(key)`` is a mask; ``.images``, ``.class_stats``, ``.rejected`` are tables.
+    Of a classifier's run ``.prediction(key)`` is a class and ``.predictions`` the table.
     """
     from pipeline.reader import open_run  # pyarrow and zarr: not needed to import a sibling
 

@@ -20,6 +20,7 @@ from pipeline.create import (
     as_object,
     create_run,
     first_round,
+    pinned,
     read_bundle,
     read_card,
     refuse_strangers,
@@ -67,9 +68,10 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
     """
     source, out = open_store(config.source), open_store(config.out)
     _refuse_nesting(source, out)
+    ledger, listing = Ledger.find(out), Listing()
+    config = pinned(config, ledger)
     bundle = read_bundle(config.model)
     card = read_card(config, bundle)
-    ledger, listing = Ledger.find(out), Listing()
     if config.dry_run:
         return _dry(config, source, out, ledger, card, listing)
     fresh = ledger is None
@@ -233,6 +235,7 @@ def _receipt(ledger: Ledger, counts: Counts, tally: Tally, listing: Listing) -> 
         "run_id": ledger.run["run_id"],
         "finished": now(),
         "model": ledger.model_version,
+        "task": "segment" if ledger.layout.has_masks else "classify",
         "round": ledger.rounds()[-1],
         "counts": {**asdict(counts), "rejected_total": counts.n_rejected},
         "skipped": dict(sorted(listing.skipped.items())),

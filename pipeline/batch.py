@@ -29,14 +29,14 @@ class Batch:
         return len(self.tiles) * self.height * self.width
 
 
-def padded(length: int, stride: int) -> int:
-    """The padded length of a side: the next on a fixed grid of multiples of the stride."""
+def padded(length: int, align: int) -> int:
+    """The padded length of a side: the next on a fixed grid of multiples of the alignment."""
     step = SMALLEST if length <= SMALLEST * STEPS else 2 ** ((length - 1).bit_length() - 1) // STEPS
-    step = -(-step // stride) * stride
+    step = -(-step // align) * align
     return -(-length // step) * step
 
 
-def pack(tiles: Iterable[Tile], budget: int, window: int, stride: int) -> Iterator[Batch]:
+def pack(tiles: Iterable[Tile], budget: int, window: int, align: int) -> Iterator[Batch]:
     """Batches of at most ``budget`` padded pixels (a larger tile goes alone).
 
     Args:
@@ -44,13 +44,13 @@ def pack(tiles: Iterable[Tile], budget: int, window: int, stride: int) -> Iterat
         budget: padded pixels of a batch.
         window: decoded bytes that may wait for their batch to fill; when there are more, the
             largest group is flushed.
-        stride: the model's, in pixels.
+        align: pixels that padded sides are multiples of (`Grid.align`).
     """
     waiting: dict[tuple[int, int, str, int], list[Tile]] = {}
     held = 0
     for tile in tiles:
         values = tile.values_HWC
-        shape = (padded(tile.height, stride), padded(tile.width, stride))
+        shape = (padded(tile.height, align), padded(tile.width, align))
         group = waiting.setdefault((*shape, str(values.dtype), values.shape[2]), [])
         group.append(tile)
         held += values.nbytes

@@ -19,10 +19,9 @@ from pipeline.clock import Clock
 from pipeline.config import Compute
 from pipeline.errors import Reason, Station
 from pipeline.line import Line
-from pipeline.measure import MeasuredMask, RejectedImage
+from pipeline.measure import MeasuredMask, RejectedImage, Result
 from pipeline.records import EncodedImage, Verdict
 
-Result = MeasuredMask | RejectedImage
 READY_S = 120.0  # a child loads torch and the model: seconds, a minute on a crowded machine
 
 
@@ -119,7 +118,7 @@ class _Child:
 
 def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
     """The child: answer images until the parent closes the channel."""
-    from pipeline.run import segment  # run imports this file
+    from pipeline.run import answer  # run imports this file
 
     line = Line.open(run_uri, compute)
     segmenter = line.segmenter()
@@ -135,7 +134,7 @@ def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
             item, slots = channel.recv()
         except EOFError:
             return
-        results = segment(announced(item, channel.send), line, segmenter, Clock(), slots)
+        results = answer(announced(item, channel.send), line, segmenter, Clock(), slots)
         channel.send(next(iter(results)))
 
 

@@ -18,16 +18,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
 from pipeline.clock import Clock
-from pipeline.config import Compute
+from pipeline.config import Compute, SegmentConfig
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.line import Line
@@ -50,7 +50,11 @@ import ray
 import ray.data as rd
 import ray.exceptions
 from ray.data.exceptions import ExecutionTimeoutError, RayDataUserCodeException
+from ray.util.actor_pool import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
 SEGMENT_CPUS = (
@@ -111,11 +115,16 @@ class OnRay:
         if self._connected:
             ray.shutdown()
 
-    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
+    def found(
+        self,
+        bundle: tuple[bytes, bytes],
+        images: int,  # noqa: ARG002 - the contract
+        config: SegmentConfig,
+    ) -> Found:
         """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
         self._connect()
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self._gpus)
-        return Found(**_waited(probe.remote(bundle, self._compute.device)))
+        return Found(**_waited(probe.remote(bundle, config.model_dump_json())))
 
     @property
     def _gpus(self) -> int:
@@ -127,8 +136,7 @@ class OnRay:
         """See `pipeline.place.Place.run`."""
         self._connect()
         todo = list(tasks)
-        settings = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-        about = (run_uri, self._compute.model_dump_json(), json.dumps(settings))
+        about = (run_uri, self._compute.model_dump_json(), _settings())
         _same_folder_everywhere(run_uri)
         _tune(self._compute)
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
@@ -139,7 +147,7 @@ class OnRay:
             _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
         )
         legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
-        try:
+        with _in_our_words():
             batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
             for batch in cast("Iterable[pa.Table]", batches):
                 for row in batch.to_pylist():
@@ -147,20 +155,45 @@ class OnRay:
                         yield _receipt(row["receipt"])
                 if stop.is_set():
                     return
-        except (
-            ray.exceptions.RayError,
-            RayDataUserCodeException,
-            ExecutionTimeoutError,
-            TimeoutError,
-        ) as error:
-            raise _translated(error) from error
+
+    def each(self, make: Callable[[], Callable[[In], Out]], items: Sequence[In]) -> Iterator[Out]:
+        """What is made of each item, in any order, by workers that are made there.
+
+        An item whose worker is lost is done again: by another, or by the same one made anew.
+        """
+        self._connect()
+        gpus, alive = self._gpus, self._alive()
+        count = self._wanted(alive)
+        worker = ray.remote(_Worker).options(
+            num_cpus=_share(alive, count),
+            num_gpus=gpus,
+            max_concurrency=GPU_THREADS if gpus else 1,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        made = ray.put(make)
+        actors = [worker.remote(made, _settings()) for _ in range(min(count, len(items)))]
+        with _in_our_words():
+            pool = ActorPool(actors * (GPU_THREADS if gpus else 1))
+            for item in items:
+                pool.submit(lambda actor, one: actor.work.remote(one), item)
+            while pool.has_next():
+                yield cast("Out", pool.get_next_unordered(self._compute.no_progress_s))
+
+    @staticmethod
+    def _alive() -> list[dict[str, float]]:
+        """What each node that is there has."""
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def _wanted(self, alive: list[dict[str, float]]) -> int:
+        """Workers: as many as asked for, else one per GPU, else one per core."""
+        total = sum(node.get("GPU" if self._gpus else "CPU", 0) for node in alive)
+        return self._compute.workers or max(1, int(total))
 
     def _actors(self, fragments: int) -> dict[str, Any]:
         """Actor pool and resources of the segment leg."""
-        gpus = self._gpus
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        total = sum(node.get("GPU" if gpus else "CPU", 0) for node in alive)
-        wanted = self._compute.workers or max(1, int(total))
+        gpus, alive = self._gpus, self._alive()
+        wanted = self._wanted(alive)
         if self._local or not _autoscaling():
             size = max(1, min(wanted, fragments))
             pool = {"size": size}
@@ -232,6 +265,25 @@ def _waited(reference: Any) -> Any:  # noqa: ANN401 - whatever the task returned
         raise _translated(error) from error
 
 
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Ray's errors as ours."""
+    try:
+        yield
+    except (
+        ray.exceptions.RayError,
+        RayDataUserCodeException,
+        ExecutionTimeoutError,
+        TimeoutError,
+    ) as error:
+        raise _translated(error) from error
+
+
+def _settings() -> str:
+    """What workers must know of this environment, as JSON."""
+    return json.dumps({name: os.environ[name] for name in FORWARDED if name in os.environ})
+
+
 def _translated(error: BaseException) -> Exception:
     """A leg's own error where there is one in the chain, else: not finished."""
     seen: BaseException | None = error
@@ -252,12 +304,11 @@ def _translated(error: BaseException) -> Exception:
 # ------------------------------------------------------------------------------- on the workers
 
 
-def _probe(bundle: tuple[bytes, bytes], device: str) -> dict[str, Any]:
+def _probe(bundle: tuple[bytes, bytes], config: str) -> dict[str, Any]:
     from pipeline.infer import Segmenter  # torch: on the worker only
 
-    made = Segmenter(*bundle, device)
-    about = Found(made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field)
-    return asdict(about)
+    made = Segmenter.of(bundle, SegmentConfig.model_validate_json(config))
+    return asdict(made.found())
 
 
 @lru_cache(maxsize=2)
@@ -334,6 +385,18 @@ def _store(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Tab
         about["seconds"]["store"] = time.perf_counter() - start
         text = json.dumps({**about, "adopted": not mine})
     return pa.table({"fragment": table["fragment"], "receipt": [text]})
+
+
+class _Worker:
+    """An actor that makes something of items (`OnRay.each`)."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], settings: str) -> None:
+        os.environ.update(json.loads(settings))
+        self._work = make()
+
+    def work(self, item: Any) -> Any:  # noqa: ANN401 - whatever it is
+        """What becomes of it."""
+        return self._work(item)
 
 
 def _receipt(text: str) -> Receipt:

@@ -58,6 +58,16 @@ class Batch(_Knobs):
     """Decoded megabytes a fragment may hold while its batches fill."""
 
 
+class Inference(_Knobs):
+    """How the model computes. The plain choices are exact; the others trade labels for speed."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: half the memory, and faster where the hardware knows it; some labels differ
+    (docs/models.md says how many)."""
+    compile: bool = False
+    """Compile the model for the shapes it meets (torch.compile): pays in long runs of few sizes."""
+
+
 class Compute(_Knobs):
     """What may be used to do the work. Does not change the answers."""
 
@@ -87,7 +97,11 @@ class SegmentConfig(_Knobs):
     out: str
     """The run folder: a local path or s3://bucket/prefix. The same command again resumes it."""
     model: str = "demo"
-    """A model bundle: a folder, an s3:// prefix, or `demo`."""
+    """A model bundle, a transformers checkpoint (folders or s3:// prefixes), an .onnx file,
+    champion@REGISTRY or NAME/v0007@REGISTRY (a version of a registry), or `demo`."""
+    architecture: str | None = None
+    """The module that the bundle's card names as its architecture, e.g. acme.nets.unet: runs the
+    code of that module. On the command line only."""
     on: str | None = None
     """`process` (this one), `local` (Ray on this machine) or the address of a Ray cluster.
     Default: the surrounding cluster inside a Ray job, else process for small archives, local
@@ -121,6 +135,7 @@ class SegmentConfig(_Knobs):
     decode: Decode = Decode()
     tile: Tile = Tile()
     batch: Batch = Batch()
+    inference: Inference = Inference()
     compute: Compute = Compute()
 
     @model_validator(mode="after")

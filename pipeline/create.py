@@ -1,14 +1,20 @@
 """A new run: look at everything, refuse or find out what will hold for all its rounds, claim it."""
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from models import Bundle
+from models.foreign import FILES, bundle_of
+from models.foreign.named import check
+from pipeline import registry
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import probe
@@ -17,32 +23,76 @@ from pipeline.ledger import RUN, Ledger, frozen, now
 from pipeline.listing import Listing, head
 from pipeline.place import Found, Place
 from pipeline.plan import Round, Start, plan_round, to_parquet
+from pipeline.progress import say
 from pipeline.records import PlannedImage
-from pipeline.storage import PREFLIGHT, Store, check_create_only, open_store
+from pipeline.storage import PREFLIGHT, Store, absolute, check_create_only, open_store
 from pipeline.tile import Grid
+from pipeline.versions import parse
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
 PROBED = 256  # images whose headers decide the slot size (STORE §5)
+LISTED = 1000  # names of a folder that is no model, to say what lies there instead
 HEAD = 65_536  # bytes of an image that usually hold its size
 SLOT_LEAST, SLOT_MOST = 2**16, 2**22
 SLOT_STEP = 4096  # the next power of two would store up to as much filling as mask
 TILE, OVERLAP = 1024, 128  # where neither config nor bundle says
 
 
-def read_bundle(model: str) -> tuple[bytes, bytes]:
-    """model.json and weights.safetensors of a bundle by path, URI, or ``demo``.
+def pinned(config: SegmentConfig, ledger: Ledger | None) -> SegmentConfig:
+    """The config with an exact version where --model means one in a registry.
+
+    An alias such as ``champion`` is looked up when a run is created. The run goes on with the
+    version it began with, whatever the alias means by then.
 
     Raises:
-        RunRefused: if there is no bundle there.
+        RunRefused: if it means nothing.
     """
-    store = open_store(str(DEMO) if model == "demo" else model)
+    if parse(config.model) is None:
+        return config
+    began_with = None if ledger is None else ledger.run["bundle"]["sha256"]
+    version, newer = registry.pinned(config.model, began_with)
+    if newer is not None:
+        text = (
+            f"{config.model} means {newer.path} by now; this run began with {version.path} and "
+            "goes on with it. A newer model means a new run: another --out"
+        )
+        say(config.log, "model", text=text, model=version.reference, newer=newer.reference)
+    return config.model_copy(update={"model": version.reference})
+
+
+def read_bundle(model: str) -> tuple[bytes, bytes]:
+    """model.json and weights.safetensors of a model by path, URI, reference, or ``demo``.
+
+    What is no bundle yet is made one (models/foreign): a checkpoint of transformers, an ONNX file.
+
+    Raises:
+        RunRefused: if there is no model there, or none that can be used.
+    """
+    place, only = str(DEMO) if model == "demo" else model, None
+    if parse(model) is not None:
+        place = registry.resolve(model).uri
+    elif PurePath(place).suffix.lower() in FILES:
+        place, _, only = absolute(place).rpartition("/")
+    store = open_store(place)
+
+    def read(name: str) -> bytes | None:
+        try:
+            return store.read(name) if only in (None, name) else None
+        except StorageMissing:
+            return None
+
+    def names() -> list[str]:
+        if only is not None:
+            return [only]
+        with contextlib.suppress(StorageMissing):
+            found = (f.path for f in islice(store.list(), LISTED))
+            return [path for path in found if "/" not in path]
+        return []
+
     try:
-        return store.read("model.json"), store.read("weights.safetensors")
-    except StorageMissing as error:
-        raise RunRefused(
-            f"--model {model}: no bundle there ({error}); a bundle is a folder with model.json and "
-            "weights.safetensors, or the word demo. Pickles, .pt2 and TorchScript are not loaded"
-        ) from error
+        return bundle_of(read, names)
+    except ValueError as error:
+        raise RunRefused(f"--model {model}: {error}") from error
 
 
 def read_card(config: SegmentConfig, bundle: tuple[bytes, bytes]) -> Bundle:
@@ -52,9 +102,29 @@ def read_card(config: SegmentConfig, bundle: tuple[bytes, bytes]) -> Bundle:
         RunRefused: if it is not one.
     """
     try:
-        return Bundle.from_json(bundle[0])
+        card = Bundle.from_json(bundle[0])
+        check(card.architecture, config.architecture)
     except ValueError as error:
         raise RunRefused(f"--model {config.model}: {error}") from error
+    if card.task == "classify":
+        _refuse_what_is_for_masks(config, card)
+    return card
+
+
+def _refuse_what_is_for_masks(config: SegmentConfig, card: Bundle) -> None:
+    """Refuse the knobs that would change nothing where the model is a classifier."""
+    fixed = card.input.resize is not None
+    knobs = {
+        "--layout stacked": (config.layout == "stacked", "makes no masks"),
+        "--size": (config.size is not None, "makes no masks"),
+        "--confidence": (config.confidence, "makes no masks; probabilities are always stored"),
+        "--slot-bytes": (config.slot_bytes is not None, "makes no masks"),
+        "--tile.size": (fixed and config.tile.size is not None, "has a size of its own"),
+        "--tile.overlap": (config.tile.overlap is not None, "reads pictures in one piece"),
+    }
+    for knob, (given, why) in knobs.items():
+        if given:
+            raise RunRefused(f"{knob}: --model {config.model} is a classifier and {why}; drop it")
 
 
 def refuse_strangers(out: Store) -> None:
@@ -89,7 +159,7 @@ def create_run(
     refuse_strangers(out)
     plan = first_round(config, source, listing)
     check_create_only(out)
-    found = place.found(bundle, plan.images)
+    found = place.found(bundle, plan.images, config)
     layout = _layout(config, source, plan, card)
     about = {
         "name": config.model,
@@ -97,7 +167,7 @@ def create_run(
         "architecture": card.architecture,
         "classes": [asdict(entry) for entry in card.classes],
     }
-    grid = _grid(config, card, found)
+    grid = grid_for(config, card, found)
     budget = config.batch.pixels or found.budget
     ledger = Ledger.create(out, config, bundle, about, frozen(layout, grid, budget, found.device))
     ledger.refuse_other(config, card.sha256)  # another driver may have been first
@@ -133,27 +203,55 @@ def as_object(plan: Round, listing: Listing) -> bytes:
     return to_parquet(plan, os.urandom(16).hex(), about)
 
 
-def _grid(config: SegmentConfig, card: Bundle, found: Found) -> Grid:
-    size = config.tile.size or (card.tile.size if card.tile else TILE)
+def grid_for(config: SegmentConfig, card: Bundle, found: Found) -> Grid:
+    """How a run cuts its pictures: what the config says, else the bundle.
+
+    Raises:
+        RunRefused: if the model cannot read such tiles.
+    """
+    usual = card.tile.size if card.tile else min(TILE, found.max_side or TILE)
+    size = config.tile.size or usual
+    if card.task == "classify":
+        return grid_of(found, size, 0)  # nothing is cut: the longer side of what is read at once
     overlap = config.tile.overlap
     if overlap is None:
         overlap = min(card.tile.overlap if card.tile else OVERLAP, size // 4)
-    if size < 2 * max(found.stride, found.min_side):
+    least = 2 * max(found.stride, found.multiple, found.min_side)
+    if size < least:
+        raise RunRefused(f"--tile.size {size} is below {least}, what the model needs; try {TILE}")
+    if found.max_side is not None and size > found.max_side:
         raise RunRefused(
-            f"--tile.size {size} is below twice the model's stride {found.stride}; try {TILE}"
+            f"--tile.size {size} is above {found.max_side}, the longest side the model reads; "
+            "leave it out"
         )
     if overlap * 2 > size:
         raise RunRefused(
             f"--tile.overlap {overlap} must be at most half of the tile size {size}; "
             f"try {size // 8}"
         )
+    return grid_of(found, size, overlap, config.tile.taper)
+
+
+def grid_of(
+    found: Found, size: int, overlap: int, taper: Literal["gaussian", "linear"] = "gaussian"
+) -> Grid:
+    """The rule for cutting pictures for this model; size and overlap in pixels."""
     return Grid(
-        size, overlap, found.stride, config.tile.taper, found.receptive_field, found.min_side
+        size,
+        overlap,
+        found.stride,
+        taper,
+        found.receptive_field,
+        found.min_side,
+        found.multiple,
+        found.partial_cells,
     )
 
 
 def _layout(config: SegmentConfig, source: Store, plan: Round, card: Bundle) -> Layout:
     """Slot size from the pictures themselves: what nine of ten probed masks fit into."""
+    if card.task == "classify":
+        return Layout("labels", "uint16", 65535, slots=0, slot=0)
     wide = max(entry.id for entry in card.classes) >= 255
     dtype, fill = ("uint16", 65535) if wide else ("uint8", 255)
     sizes = probed_sizes(source, plan.table)

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import RunUnfinished
-from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, Header
+from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, Header
+from pipeline.layout import Layout
 from pipeline.ledger import Commit, Ledger, now
 
 REJECTED = pa.schema(
@@ -73,10 +74,6 @@ def superseded(ledger: Ledger, rounds: list[int]) -> set[int]:
     return ids
 
 
-FINAL = ("images", "class_stats", "rejected", "fragments")
-"""The tables below ``final/``."""
-
-
 def finalize(ledger: Ledger) -> Counts:
     """Write ``final/`` and the manifest of the newest round.
 
@@ -116,7 +113,7 @@ def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
         )
     replaced = superseded(ledger, rounds)
     dropped = pa.array(sorted(replaced), pa.int64())
-    tables = _Tables()
+    tables = _Tables(final_schemas(ledger.layout))
     for commit, header in ledger.headers([commits[f] for f in planned]):
         tables.add(commit, header, dropped)
     asked = sum(pc.sum(plan["images"]).as_py() or 0 for plan in plans)
@@ -178,16 +175,21 @@ def in_manifest(counts: Counts) -> dict[str, Any]:
     }
 
 
-class _Tables:
-    """The four tables while they grow, already compressed: a million rows are some tens of MB."""
+def final_schemas(layout: Layout) -> dict[str, pa.Schema]:
+    """The tables below ``final/``; class_stats counts pixels and is empty where there are none."""
+    schemas = {
+        "images": IMAGES,
+        "class_stats": CLASS_STATS,
+        "rejected": REJECTED,
+        "fragments": FRAGMENTS,
+    }
+    return schemas if layout.has_masks else {**schemas, "predictions": PREDICTIONS}
 
-    def __init__(self) -> None:
-        schemas = {
-            "images": IMAGES,
-            "class_stats": CLASS_STATS,
-            "rejected": REJECTED,
-            "fragments": FRAGMENTS,
-        }
+
+class _Tables:
+    """The tables while they grow, already compressed: a million rows are some tens of MB."""
+
+    def __init__(self, schemas: dict[str, pa.Schema]) -> None:
         self._sinks = {name: io.BytesIO() for name in schemas}
         self._writers = {
             name: pq.ParquetWriter(
@@ -202,11 +204,7 @@ class _Tables:
 
     def add(self, commit: Commit, header: Header, dropped: pa.Array) -> None:
         """One fragment's rows, less the superseded ones."""
-        keep = pc.invert(pc.is_in(header.images["image_id"], dropped))
-        images = header.images.filter(keep)
-        stats = header.class_stats.filter(
-            pc.invert(pc.is_in(header.class_stats["image_id"], dropped))
-        )
+        images, stats = _less(header.images, dropped), _less(header.class_stats, dropped)
         rejected = images.filter(pc.equal(images["status"], "rejected"))
         done = images.filter(pc.equal(images["status"], "done"))
         self._done += done.num_rows
@@ -224,6 +222,8 @@ class _Tables:
         )
         self._write("class_stats", stats.cast(CLASS_STATS))
         self._write("rejected", rejected.select(REJECTED.names).cast(REJECTED))
+        if header.predictions is not None:
+            self._write("predictions", _less(header.predictions, dropped).cast(PREDICTIONS))
         self._write("fragments", _fragment_row(commit, header))
 
     def _write(self, name: str, table: pa.Table) -> None:
@@ -255,6 +255,11 @@ class _Tables:
             self._flush(name)
             writer.close()
         return {name: (sink.getvalue(), self._rows[name]) for name, sink in self._sinks.items()}
+
+
+def _less(table: pa.Table, dropped: pa.Array) -> pa.Table:
+    """The rows of live images."""
+    return table.filter(pc.invert(pc.is_in(table["image_id"], dropped)))
 
 
 def _fragment_row(commit: Commit, header: Header) -> pa.Table:

@@ -6,7 +6,8 @@ Byte layout:
     zstd frame | zstd frame | … | index: n_slots x [u64 offset, u64 nbytes] | u32 crc32c(index)
 
 J is JSON (what this object is, who wrote it, checksums), T is the images and the class_stats
-table as Parquet. The Zarr specification (sharding_indexed) lets inner chunks lie anywhere in the
+table as Parquet; of a classifier's fragment also the predictions table, and then there are no
+frames. The Zarr specification (sharding_indexed) lets inner chunks lie anywhere in the
 shard, so the header is unused space to every Zarr reader. Numbers are little-endian. The same
 container holds a region of a large image (2-D, one frame per inner chunk).
 
@@ -77,6 +78,18 @@ CLASS_STATS = pa.schema(
 )
 """The class_stats table, a contract: one row per image and class that occurs in it."""
 
+PREDICTIONS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("label", pa.uint16(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""The predictions table of a classifier, a contract: one row per image that is done. ``label`` is a
+class id, ``confidence`` its probability; probabilities are in the order of the ontology."""
+
 
 class FragmentDamaged(StorageError):
     """An object that is not what was written; the text says where."""
@@ -91,6 +104,8 @@ class Header:
     class_stats: pa.Table
     nbytes: int
     """Bytes of the header, up to the first frame."""
+    predictions: pa.Table | None = None
+    """Of a classifier's fragment."""
 
 
 def compress(chunk: Array) -> bytes:
@@ -129,6 +144,7 @@ def assemble(
     frames: Sequence[bytes | None],
     slots: Sequence[int],
     n_slots: int,
+    predictions: pa.Table | None = None,
 ) -> bytes:
     """The object: header, frames in the given order, index.
 
@@ -139,42 +155,49 @@ def assemble(
         frames: compressed inner chunks.
         slots: the index entry each frame belongs to.
         n_slots: entries of the index; all others stay empty.
+        predictions: one row per image that is done; None where there are masks.
     """
-    tables = write_table(images), write_table(class_stats)
+    named = {"images": images, "class_stats": class_stats}
+    if predictions is not None:
+        named["predictions"] = predictions
+    places, tables = _laid_out(named)
     data = b"".join(frame for frame in frames if frame is not None)
     sizes = np.array([len(f or b"") for f in frames], dtype="<u8")
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype("<u8") if len(sizes) else sizes
     about = {
         **about,
         "format_version": FORMAT_VERSION,
-        "images": [0, len(tables[0])],
-        "class_stats": [len(tables[0]), len(tables[0]) + len(tables[1])],
-        "tables_crc32c": google_crc32c.value(tables[0] + tables[1]),
+        **places,
+        "tables_crc32c": google_crc32c.value(tables),
         "data_crc32c": 0,
         "self_crc32c": 0,
     }
     # The index holds absolute offsets, so the header's length must be known first: checksums have
     # ten digits at most, and the JSON is padded with spaces to that length.
     room = len(_json(about)) + 2 * 10
-    nbytes = _header_nbytes(room, len(tables[0]) + len(tables[1]))
+    nbytes = _header_nbytes(room, len(tables))
     index = np.full((n_slots, 2), EMPTY, dtype="<u8")
     if len(sizes):
         index[list(slots), 0] = starts + nbytes
         index[list(slots), 1] = sizes
     packed = index.tobytes()
     tail = struct.pack("<I", google_crc32c.value(packed))
-    padding = bytes(nbytes - HEAD - room - len(tables[0]) - len(tables[1]))
+    padding = bytes(nbytes - HEAD - room - len(tables))
     about["data_crc32c"] = google_crc32c.value(b"".join((padding, data, packed, tail)))
     about["self_crc32c"] = google_crc32c.value(_json(about))
     text = _json(about).ljust(room)
-    header = (
-        MAGIC
-        + struct.pack("<II", room, len(tables[0]) + len(tables[1]))
-        + text
-        + tables[0]
-        + tables[1]
-    )
+    header = MAGIC + struct.pack("<II", room, len(tables)) + text + tables
     return b"".join((header, padding, data, packed, tail))
+
+
+def _laid_out(named: dict[str, pa.Table]) -> tuple[dict[str, list[int]], bytes]:
+    """Where each table lies in T, and T."""
+    places, data = {}, b""
+    for name, table in named.items():
+        written = write_table(table)
+        places[name] = [len(data), len(data) + len(written)]
+        data += written
+    return places, data
 
 
 def read_header(start: bytes) -> Header:
@@ -188,22 +211,21 @@ def read_header(start: bytes) -> Header:
         raise FragmentDamaged(
             f"the header needs {header_nbytes(start)} bytes, there are {len(start)}"
         )
-    room, tables = struct.unpack("<II", start[len(MAGIC) : HEAD])
+    room, length = struct.unpack("<II", start[len(MAGIC) : HEAD])
     try:
         about = json.loads(start[HEAD : HEAD + room])
         said, zeroed = about["self_crc32c"], {**about, "self_crc32c": 0}
-        body = start[HEAD + room : HEAD + room + tables]
+        body = start[HEAD + room : HEAD + room + length]
         if (
             google_crc32c.value(_json(zeroed)) != said
             or google_crc32c.value(body) != about["tables_crc32c"]
         ):
             raise FragmentDamaged("the header does not match its checksum")
-        first, second = about["images"], about["class_stats"]
-        images = read_table(body[first[0] : first[1]])
-        class_stats = read_table(body[second[0] : second[1]])
+        names = ["images", "class_stats", *(["predictions"] if "predictions" in about else [])]
+        tables = {name: read_table(body[slice(*about[name])]) for name in names}
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise FragmentDamaged(f"the header cannot be read: {error}") from error
-    return Header(about, images, class_stats, _header_nbytes(room, tables))
+    return Header(about, nbytes=_header_nbytes(room, length), **tables)
 
 
 def header_nbytes(start: bytes) -> int:

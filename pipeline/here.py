@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 
-from pipeline.config import Compute
+from pipeline.config import Compute, SegmentConfig
 from pipeline.infer import Segmenter
 from pipeline.line import Line
 from pipeline.place import Found
@@ -19,12 +19,15 @@ class Here:
         self._compute = compute
         self._segmenter: Segmenter | None = None
 
-    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:  # noqa: ARG002 - the contract
+    def found(
+        self,
+        bundle: tuple[bytes, bytes],
+        images: int,  # noqa: ARG002 - the contract
+        config: SegmentConfig,
+    ) -> Found:
         """See `Place.found`."""
-        made = self._segmenter = Segmenter(*bundle, self._compute.device)
-        return Found(
-            made.probe(), made.device.type, made.stride, made.min_side, made.receptive_field
-        )
+        self._segmenter = Segmenter.of(bundle, config)
+        return self._segmenter.found()
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `Place.run`."""

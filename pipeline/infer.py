@@ -3,12 +3,14 @@
 Whole pictures come back as finished labels and counts; of tiled pictures only native scores leave
 this file, and `Segmenter.finish` turns blended scores into labels, strip by strip, the same way.
 Scores are never kept at full size: a strip of at most `STRIP` values is up-sampled (bilinear,
-half-pixel centres), reduced to labels, and forgotten.
+half-pixel centres), reduced to labels, and forgotten. A classifier's scores end as a softmax.
 
 Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
 """
 
 import ctypes
+import math
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -19,12 +21,15 @@ from torch.nn.functional import interpolate
 
 from models import load_bundle_bytes
 from pipeline.batch import Batch, padded
+from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
+from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
-TRIM_S = 30.0  # a trim costs the faults of about a gigabyte, 0.2 s: under 1 % at this interval
+TRIM_S = 10.0  # a trim costs the faults of some hundred megabytes, under 0.1 s: 1 % at most
+PRIMITIVES = 64  # a model of one size has some 30
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
@@ -38,21 +43,37 @@ class Segmenter:
     cores there are; on a GPU one thread predicts at a time.
     """
 
-    def __init__(self, model_json: bytes, weights: bytes, device: str = "auto") -> None:
+    def __init__(
+        self,
+        model_json: bytes,
+        weights: bytes,
+        device: str = "auto",
+        architecture: str | None = None,
+        inference: Inference = Inference(),  # noqa: B008 - frozen
+    ) -> None:
         try:
-            model, self.bundle = load_bundle_bytes(model_json, weights)
+            model, self.bundle = load_bundle_bytes(model_json, weights, architecture)
         except ValueError as error:
             raise RunRefused(f"the model bundle cannot be used: {error}") from error
         self.device = torch.device(_device(device))
         if self.device.type == "cpu":
             keep_freed_memory()
+            few_primitives()
             torch.set_num_threads(1)
         # torch's own stub of Module.to leaves memory_format out.
         model = model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.model = model.eval()
-        self.stride: int = model.stride
-        self.min_side: int = model.min_side
-        self.receptive_field: int | None = model.receptive_field
+        self.model = model.eval().folded()
+        self._number = torch.float32
+        if inference.precision == "bf16":
+            self._number = torch.bfloat16
+            self.model = self.model.to(self._number)
+        if inference.compile:
+            if not self.model.compiles:
+                raise RunRefused(
+                    f"--inference.compile: {self.bundle.architecture} is not run by torch; drop it"
+                )
+            work = "scores" if self.bundle.task == "classify" else "grid"
+            setattr(self.model, work, torch.compile(getattr(self.model, work)))
         ids = [entry.id for entry in self.bundle.classes]
         self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
         self.fill = int(np.iinfo(self.dtype).max)
@@ -66,6 +87,11 @@ class Segmenter:
         """Tiles of a padded shape that fit the memory, learnt from running out of it."""
 
     # ------------------------------------------------------------------------------- predicting
+
+    @classmethod
+    def of(cls, bundle: tuple[bytes, bytes], config: SegmentConfig) -> "Segmenter":
+        """The model of a run's bundle as its config wants it used."""
+        return cls(*bundle, config.compute.device, config.architecture, config.inference)
 
     def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
         """Answers to every tile, in the batches' order; a tile that does not fit has a failure."""
@@ -104,8 +130,16 @@ class Segmenter:
     def _run(
         self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
     ) -> list[TileAnswer]:
-        sizes = [(max(t.height, self.min_side), max(t.width, self.min_side)) for t in tiles]
-        x_BCHW = self._input(tiles, max(height, self.min_side), max(width, self.min_side))
+        sizes = [
+            (max(t.height, self.model.min_side), max(t.width, self.model.min_side)) for t in tiles
+        ]
+        x_BCHW = self._input(
+            tiles, max(height, self.model.min_side), max(width, self.model.min_side)
+        )
+        if self.bundle.task == "classify":
+            probabilities_BK = self.model(x_BCHW, torch.tensor(sizes)).float().softmax(1)
+            answers_BK = zip(tiles, probabilities_BK.cpu().numpy(), strict=True)
+            return [TileAnswer(tile, probabilities_K=each_K) for tile, each_K in answers_BK]
         scores_BKhw = self.model(x_BCHW, torch.tensor(sizes), native=True)
         answers = []
         for tile, size, scores_Khw in zip(tiles, sizes, scores_BKhw, strict=True):
@@ -116,8 +150,9 @@ class Segmenter:
             else:
                 nodata = tile.picture.pixels.nodata_HW
                 wanted = confidence or tile.picture.large
+                span = self.model.span(*size)
                 rows = self._finish(
-                    valid_Khw, 0, (h, w), size, (0, tile.height), tile.width, nodata, wanted
+                    valid_Khw, 0, (h, w), span, (0, tile.height), tile.width, nodata, wanted
                 )
                 answers.append(TileAnswer(tile, rows=rows))
         return answers
@@ -141,7 +176,7 @@ class Segmenter:
             part = x_HWC[: tile.height, : tile.width]
             np.multiply(values_HWC, scale, out=part)
             part += shift
-        return torch.from_numpy(x_BHWC).to(self.device).permute(0, 3, 1, 2)
+        return torch.from_numpy(x_BHWC).to(self.device, self._number).permute(0, 3, 1, 2)
 
     def between_fragments(self) -> None:
         """Now and then give back the holes that pictures of many sizes leave in the heap."""
@@ -166,9 +201,11 @@ class Segmenter:
         pixels = picture.pixels
         scores = torch.from_numpy(scores_KGg)  # blended on the host, finished there
         nodata = None if pixels.nodata_HW is None else pixels.nodata_HW[y0:y1]
-        size = (max(pixels.height, self.min_side), max(pixels.width, self.min_side))
+        span = self.model.span(
+            max(pixels.height, self.model.min_side), max(pixels.width, self.model.min_side)
+        )
         return self._finish(
-            scores, g0, cells, size, (y0, y1), pixels.width, nodata, confidence or picture.large
+            scores, g0, cells, span, (y0, y1), pixels.width, nodata, confidence or picture.large
         )
 
     def _finish(
@@ -220,28 +257,41 @@ class Segmenter:
 
     # ---------------------------------------------------------------------------------- probing
 
+    def found(self, budget: int | None = None) -> Found:
+        """What a run freezes of this model on this machine; the budget is probed if not given."""
+        about = self.model
+        return Found(
+            budget or self.probe(),
+            self.device.type,
+            about.stride,
+            about.min_side,
+            about.receptive_field,
+            about.multiple,
+            self.bundle.task == "segment" and about.partial_cells,
+            about.max_side,
+        )
+
     def probe(self) -> int:
         """The pixel budget of a batch: the smallest whose pixels are about as fast as any's.
 
         Found once per run and frozen in its run.json.
         """
-        best, budget = float("inf"), PROBE_SIDE**2
+        side = min(PROBE_SIDE, self.model.max_side or PROBE_SIDE)
+        best, budget = float("inf"), side**2
         for count in PROBE_BATCHES:
-            seconds = self._timed(count)
+            seconds = self._timed(count, side)
             if seconds is None or seconds > best * GAIN:
                 break
-            best, budget = seconds, count * PROBE_SIDE**2
+            best, budget = seconds, count * side**2
         return budget
 
-    def _timed(self, count: int) -> float | None:
+    def _timed(self, count: int, side: int) -> float | None:
         """Seconds per picture at a batch size, the best of three; None where memory ends."""
-        values = np.random.default_rng(0).integers(
-            0, 255, (PROBE_SIDE, PROBE_SIDE, 3), dtype=np.uint8
-        )
+        values = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
         plan = PlannedImage(0, "", "", None, None, 0, "", "", 0)  # nobody's: only its pixels count
         picture = Picture(plan, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))
-        tiles = (Tile(picture, 0, 0, PROBE_SIDE, PROBE_SIDE),) * count
-        side = padded(PROBE_SIDE, self.stride)
+        tiles = (Tile(picture, 0, 0, side, side),) * count
+        side = padded(side, math.lcm(self.model.stride, self.model.multiple))
         times = []
         for _ in range(4):  # the first one warms up
             start = time.perf_counter()
@@ -269,7 +319,7 @@ def upsampled(
         scores_Khw: grid rows from g0 on.
         g0: the grid row of the first.
         cells: rows and columns of the whole grid.
-        size: height and width of the whole picture, in pixels.
+        size: height and width over which they are stretched, in pixels.
         y0: first pixel row.
         y1: the row after the last.
 
@@ -356,6 +406,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 64 * 1024**2)
     except (OSError, AttributeError):
         return
+
+
+def few_primitives() -> None:
+    """Tell oneDNN to keep the code of few shapes, if it has not begun yet.
+
+    It keeps 1024 by default, 40 MB more after 1500 pictures of mixed sizes and still growing; with
+    few it stays level, no slower (2026-11-20: 182 -> 221 MB against 172 -> 190 MB).
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
 
 
 def give_back_memory() -> None:

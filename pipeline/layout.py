@@ -4,6 +4,10 @@ flat     ``mask`` is 1-D; fragment f owns shard ``c/f``; an image begins on a sl
          With confidence it is [2, pixels]: row 0 classes, row 1 confidence, shard ``c/0/f``.
 stacked  ``mask`` is [N,H,W]; a slot is one image; shard ``c/f/0/0``.
 large    ``large/<image_id>/0…3``: sharded 2-D arrays with OME-Zarr 0.5 label metadata.
+
+Where a classifier runs there are no masks and no ``masks.zarr``:
+
+labels   fragment f is ``predictions/c/f``, a header with its tables and nothing behind it.
 """
 
 import json
@@ -14,7 +18,7 @@ from pipeline.fragment import LEVEL
 
 MASKS = "masks.zarr"
 ARRAY = f"{MASKS}/mask"
-COMMITS = f"{ARRAY}/c"
+PREDICTIONS = "predictions"
 N_SLOTS = 4096  # index of 64 KiB a fragment; room for 4 slots an image at 1024 images
 REGION, INNER, LEVELS = (
     4096,
@@ -27,9 +31,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one run lays out its masks; frozen in run.json."""
+    """How one run lays out its answers; frozen in run.json."""
 
-    kind: Literal["flat", "stacked"]
+    kind: Literal["flat", "stacked", "labels"]
     dtype: str
     fill: int
     slots: int
@@ -39,6 +43,11 @@ class Layout:
     height: int = 0
     width: int = 0
     confidence: bool = False
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether answers are masks; else one class per picture."""
+        return self.kind != "labels"
 
     def slots_for(self, height: int, width: int) -> int | None:
         """Slots a mask takes, or None where it cannot lie in slots at all."""
@@ -51,15 +60,20 @@ class Layout:
         """Inner chunks of a fragment's shard."""
         return self.slots * (2 if self.confidence else 1)
 
+    @property
+    def commits(self) -> str:
+        """The folder of the objects that commit fragments."""
+        return f"{ARRAY if self.has_masks else PREDICTIONS}/c"
+
     def commit_path(self, fragment: int) -> str:
         """The object that commits a fragment."""
         if self.kind == "stacked":
-            return f"{COMMITS}/{fragment}/0/0"
-        return f"{COMMITS}/0/{fragment}" if self.confidence else f"{COMMITS}/{fragment}"
+            return f"{self.commits}/{fragment}/0/0"
+        return f"{self.commits}/0/{fragment}" if self.confidence else f"{self.commits}/{fragment}"
 
     def fragment_at(self, path: str) -> int | None:
         """The fragment whose commit lies at a path of a listing, or None for anything else."""
-        parts = path.removeprefix(f"{COMMITS}/").split("/")
+        parts = path.removeprefix(f"{self.commits}/").split("/")
         number = parts[1] if self.confidence and len(parts) > 1 else parts[0]
         return int(number) if number.isdigit() and self.commit_path(int(number)) == path else None
 

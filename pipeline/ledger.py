@@ -1,8 +1,8 @@
 """What a run folder says: whose it is, what is planned, what is committed. Nothing else remembers.
 
 Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``,
-``masks.zarr/mask/c/<f>``, ``manifest/NNN.json``. A resume is a listing of the commits, subtracted
-from the plan.
+``masks.zarr/mask/c/<f>`` (a classifier's: ``predictions/c/<f>``), ``manifest/NNN.json``. A resume
+is a listing of the commits, subtracted from the plan.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pyarrow as pa
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
-from pipeline.layout import ARRAY, COMMITS, MASKS, Layout, class_attributes, group_json
+from pipeline.layout import ARRAY, MASKS, Layout, class_attributes, group_json
 from pipeline.plan import FRAGMENTS, fragments_table, path_of_fragments, path_of_round
 from pipeline.ranged import Ranged
 from pipeline.storage import Found, Store
@@ -157,7 +157,7 @@ class Ledger:
 
     @property
     def layout(self) -> Layout:
-        """Where masks lie."""
+        """Where answers lie."""
         return Layout(**self.run["frozen"]["layout"])
 
     @property
@@ -188,11 +188,12 @@ class Ledger:
 
     def rounds(self) -> list[int]:
         """Numbers of the planned rounds."""
-        found = (f.path.removeprefix("plan/") for f in self._listed("plan"))
+        found = (f.path.removeprefix("plan/") for f in self.listed("plan"))
         return sorted(int(n[:-8]) for n in found if n.endswith(".parquet") and n[:-8].isdigit())
 
-    def _listed(self, prefix: str) -> Iterator[Found]:
-        with contextlib.suppress(StorageMissing):  # a folder that is not there yet
+    def listed(self, prefix: str) -> Iterator[Found]:
+        """What lies below a folder of the run; nothing where there is no such folder yet."""
+        with contextlib.suppress(StorageMissing):
             yield from self.store.list(prefix)
 
     @contextlib.contextmanager
@@ -244,7 +245,9 @@ class Ledger:
                 self.store.replace(path, data)
 
     def array_files(self) -> dict[str, bytes]:
-        """The Zarr metadata that belongs to the planned rounds, by path."""
+        """The Zarr metadata that belongs to the planned rounds, by path; none without masks."""
+        if not self.layout.has_masks:
+            return {}
         attributes = class_attributes(self.classes, self.layout.fill)
         files = {f"{MASKS}/zarr.json": group_json(attributes)}
         planned = [f for n in self.rounds() for f in self.fragments(n)["fragment"].to_pylist()]
@@ -257,7 +260,8 @@ class Ledger:
 
     def commits(self) -> dict[int, Commit]:
         """Every committed fragment: one listing."""
-        found = ((self.layout.fragment_at(f.path), f) for f in self._listed(COMMITS))
+        layout = self.layout
+        found = ((layout.fragment_at(f.path), f) for f in self.listed(layout.commits))
         return {number: Commit(number, f.path, f) for number, f in found if number is not None}
 
     def is_committed(self, fragment: int) -> bool:
@@ -300,7 +304,7 @@ class Ledger:
 
     def manifests(self) -> list[int]:
         """Numbers of the finished rounds."""
-        found = (f.path.removeprefix("manifest/") for f in self._listed("manifest"))
+        found = (f.path.removeprefix("manifest/") for f in self.listed("manifest"))
         return sorted(int(n[:-5]) for n in found if n.endswith(".json") and n[:-5].isdigit())
 
     def manifest(self, number: int) -> Json:

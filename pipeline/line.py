@@ -38,7 +38,7 @@ class Line:
 
     def segmenter(self) -> Segmenter:
         """The run's own copy of its model, on this machine's device."""
-        return Segmenter(*self.ledger.bundle_files(), self.config.compute.device)
+        return Segmenter.of(self.ledger.bundle_files(), self.config)
 
     def images(self, task: Task) -> list[PlannedImage]:
         """The planned images of a fragment."""

@@ -1,7 +1,8 @@
 """A mask's strips into compressed frames and the numbers that go with them.
 
 A mask that fits its fragment's slots is compressed here; a larger one goes region by region to an
-array of its own (pipeline/large.py). Both end as a `MeasuredMask`, rows of the two tables.
+array of its own (pipeline/large.py). Both end as a `MeasuredMask`, rows of the two tables. Where a
+classifier runs a picture ends as a `ClassifiedImage` (pipeline/classify.py), a row of two others.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, slots_of
+from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, slots_of
 from pipeline.layout import Layout
 from pipeline.records import Array, PlannedImage, Verdict
 from pipeline.tile import Picture, Rows, Strip
@@ -36,13 +37,31 @@ class MeasuredMask:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ClassifiedImage:
+    """All that is left of a picture that a classifier has seen."""
+
+    plan: PlannedImage
+    height: int
+    width: int
+    """Of the upright picture, whatever the model read of it."""
+    input_bytes: int
+    sha256: str
+    probabilities_K: Array
+    """float32, in the order of the ontology; they sum to 1."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RejectedImage:
-    """An image that has a reason instead of a mask."""
+    """An image that has a reason instead of an answer."""
 
     plan: PlannedImage
     verdict: Verdict
     input_bytes: int | None = None
     sha256: str | None = None
+
+
+Result = MeasuredMask | ClassifiedImage | RejectedImage
+"""Where every planned image ends."""
 
 
 class MaskSink(Protocol):
@@ -149,8 +168,34 @@ def image_row(mask: MeasuredMask, model_version: str, place: dict[str, Any]) -> 
     )
 
 
+def classified_row(image: ClassifiedImage, model_version: str) -> dict[str, Any]:
+    """The images row of a picture that has a class; it lies in no array."""
+    return _row(
+        image.plan,
+        model_version,
+        status="done",
+        height=image.height,
+        width=image.width,
+        input_bytes=image.input_bytes,
+        sha256=image.sha256,
+        mean_confidence=float(image.probabilities_K.max()),
+    )
+
+
+def prediction_row(image: ClassifiedImage, classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The predictions row of a picture: the first of the most probable classes."""
+    first = int(image.probabilities_K.argmax())
+    return {
+        "image_id": image.plan.image_id,
+        "label": classes[first]["id"],
+        "name": classes[first]["name"],
+        "confidence": float(image.probabilities_K[first]),
+        "probabilities": image.probabilities_K.tolist(),
+    }
+
+
 def rejected_row(image: RejectedImage, model_version: str) -> dict[str, Any]:
-    """The images row of an image without a mask."""
+    """The images row of an image without an answer."""
     verdict = image.verdict
     return _row(
         image.plan,
@@ -196,3 +241,8 @@ def tables(images: list[dict[str, Any]], stats: list[dict[str, Any]]) -> tuple[p
     """Rows as the two tables of a fragment's header."""
     schema = IMAGES.append(DETAIL)
     return pa.Table.from_pylist(images, schema), pa.Table.from_pylist(stats, CLASS_STATS)
+
+
+def predictions_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """The third table of a classifier's fragment."""
+    return pa.Table.from_pylist(rows, PREDICTIONS)

@@ -1,7 +1,11 @@
-"""overview.png: pictures, masks and overlays of a finished run, side by side, for the eye."""
+"""overview.png: pictures, masks and overlays of a finished run, side by side, for the eye.
+
+Of a classifying run: pictures and their classes.
+"""
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,48 +18,86 @@ from pipeline.records import Array
 SHOWN = 8  # rows: one screen
 SIDE = 256  # pixels of a cell
 GAP, CAPTION, LEGEND = 12, 34, 30
+ACROSS = 4  # pictures in a row where there are no masks beside them
 MOST_PIXELS = (
     16_000_000  # larger pictures are left out: fetching one again could cost more than the sheet
 )
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+T = TypeVar("T")
 INK, PAPER, NOTHING = (30, 30, 30), (255, 255, 255), (200, 200, 200)
 
 
 def overview(run: Run) -> bytes | None:
     """A PNG of up to eight images spread over the run; None if none can be shown."""
+    if run.ledger.layout.has_masks:
+        masks = _shown(run, run.mask)
+        sheet = _with_masks(masks, run.classes) if masks else None
+    else:
+        labels = _shown(run, run.prediction)
+        sheet = _with_labels(labels) if labels else None
+    if sheet is None:
+        return None
+    sink = io.BytesIO()
+    sheet.save(sink, "PNG", optimize=True)
+    return sink.getvalue()
+
+
+def _shown(run: Run, answer: Callable[[str], T]) -> list[tuple[str, Array, T]]:
+    """Keys, pictures and answers."""
     rows = []
     for key in _chosen(run):
         try:
-            rows.append((key, _rgb(run.picture(key)), run.mask(key)))
+            rows.append((key, rgb(run.picture(key)), answer(key)))
         except (ImageRejected, StorageError):  # gone since: another one is shown in its place
             continue
         if len(rows) == SHOWN:
             break
-    if not rows:
-        return None
+    return rows
+
+
+def _with_masks(
+    shown: list[tuple[str, Array, Array]], classes: list[dict[str, Any]]
+) -> Image.Image:
+    """A row for each: the picture, its mask, both."""
     sheet = Image.new(
-        "RGB", (3 * SIDE + 4 * GAP, LEGEND + len(rows) * (SIDE + CAPTION + GAP) + GAP), PAPER
+        "RGB", (3 * SIDE + 4 * GAP, LEGEND + len(shown) * (SIDE + CAPTION + GAP) + GAP), PAPER
     )
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    _legend(pen, font, run.classes)
-    for number, (key, picture, mask) in enumerate(rows):
+    legend(pen, font, classes)
+    for number, (key, picture, mask) in enumerate(shown):
         top = LEGEND + GAP + number * (SIDE + CAPTION + GAP)
-        colours = painted(mask, run.classes)
+        colours = painted(mask, classes)
         tinted = colours.any(axis=2, keepdims=True)  # what is black in the mask stays as it is
         overlay = np.where(tinted, picture * 0.55 + colours * 0.45, picture).astype(np.uint8)
         for column, cell in enumerate((picture, colours, overlay)):
-            small = _fitted(cell, Image.Resampling.NEAREST if column == 1 else Image.Resampling.BOX)
-            left = GAP + column * (SIDE + GAP)
-            sheet.paste(
-                small,
-                (left + (SIDE - small.width) // 2, top + CAPTION + (SIDE - small.height) // 2),
-            )
+            small = fitted(cell, Image.Resampling.NEAREST if column == 1 else Image.Resampling.BOX)
+            paste(sheet, small, GAP + column * (SIDE + GAP), top + CAPTION)
         pen.text((GAP, top), printable(key, 60), INK, font)
-        pen.text((GAP, top + 16), _shares(mask, run.classes), INK, font)
-    sink = io.BytesIO()
-    sheet.save(sink, "PNG", optimize=True)
-    return sink.getvalue()
+        pen.text((GAP, top + 16), _shares(mask, classes), INK, font)
+    return sheet
+
+
+def _with_labels(shown: list[tuple[str, Array, dict[str, Any]]]) -> Image.Image:
+    """Pictures in rows, under each its key, class and confidence."""
+    down, across = -(-len(shown) // ACROSS), min(ACROSS, len(shown))
+    size = (across * (SIDE + GAP) + GAP, down * (SIDE + CAPTION + GAP) + GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for number, (key, picture, said) in enumerate(shown):
+        left = GAP + number % ACROSS * (SIDE + GAP)
+        top = GAP + number // ACROSS * (SIDE + CAPTION + GAP)
+        paste(sheet, fitted(picture, Image.Resampling.BOX), left, top)
+        label = f"{printable(said['name'], 20)} {100 * said['confidence']:.1f} %"
+        pen.text((left, top + SIDE + 2), label, INK, font)
+        pen.text((left, top + SIDE + 18), printable(key, 30), INK, font)
+    return sheet
+
+
+def paste(sheet: Image.Image, small: Image.Image, left: int, top: int) -> None:
+    """In the middle of a cell."""
+    sheet.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
 
 
 def _chosen(run: Run) -> list[str]:
@@ -76,7 +118,7 @@ def painted(mask: Array, classes: list[dict[str, Any]]) -> Array:
     return table[mask]
 
 
-def _rgb(values_HWC: Array) -> Array:
+def rgb(values_HWC: Array) -> Array:
     """8-bit RGB to look at; 16-bit pictures are stretched to their own range for the eye only."""
     if values_HWC.dtype != np.uint8:
         lo, hi = int(values_HWC.min()), int(values_HWC.max())
@@ -86,7 +128,8 @@ def _rgb(values_HWC: Array) -> Array:
     return np.repeat(values_HWC, 3, axis=2) if values_HWC.shape[2] == 1 else values_HWC
 
 
-def _fitted(cell: Array, how: Image.Resampling) -> Image.Image:
+def fitted(cell: Array, how: Image.Resampling) -> Image.Image:
+    """As large as a cell allows."""
     image = Image.fromarray(cell)
     scale = SIDE / max(image.size)
     return image.resize(
@@ -106,7 +149,8 @@ def _shares(mask: Array, classes: list[dict[str, Any]]) -> str:
     return f"{mask.shape[1]} x {mask.shape[0]}   {printable(text, 90)}"
 
 
-def _legend(pen: ImageDraw.ImageDraw, font: Font, classes: list[dict[str, Any]]) -> None:
+def legend(pen: ImageDraw.ImageDraw, font: Font, classes: list[dict[str, Any]]) -> None:
+    """Names and colours of the classes in one line at the top, as many as fit."""
     left = GAP
     for entry in classes:
         name = printable(entry["name"], 20)

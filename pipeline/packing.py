@@ -1,4 +1,4 @@
-"""Masks and rejections of a fragment into the one object that commits it."""
+"""Masks (or classes) and rejections of a fragment into the one object that commits it."""
 
 import uuid
 from collections.abc import Iterable
@@ -6,23 +6,37 @@ from datetime import UTC, datetime
 
 from pipeline.fragment import assemble
 from pipeline.line import Line
-from pipeline.measure import MeasuredMask, RejectedImage, image_row, rejected_row, stat_rows, tables
+from pipeline.measure import (
+    ClassifiedImage,
+    RejectedImage,
+    Result,
+    classified_row,
+    image_row,
+    prediction_row,
+    predictions_table,
+    rejected_row,
+    stat_rows,
+    tables,
+)
 from pipeline.records import Receipt, Task
 
 
-def object_of(
-    task: Task, results: Iterable[MeasuredMask | RejectedImage], line: Line
-) -> tuple[bytes, Receipt]:
+def object_of(task: Task, results: Iterable[Result], line: Line) -> tuple[bytes, Receipt]:
     """The fragment's one object, and what is in it."""
     layout, version = line.ledger.layout, line.ledger.model_version
     ids = [entry["id"] for entry in line.ledger.classes]
     ordered = sorted(results, key=lambda result: result.plan.image_id)
-    rows, stats, frames, slots, certainty = [], [], [], [], []
+    rows, stats, frames, slots, certainty, predictions = [], [], [], [], [], []
     offset = pixels = 0
     first = ordered[0].plan.image_id if ordered else 0
     for result in ordered:
         if isinstance(result, RejectedImage):
             rows.append(rejected_row(result, version))
+            continue
+        pixels += result.height * result.width
+        if isinstance(result, ClassifiedImage):
+            rows.append(classified_row(result, version))
+            predictions.append(prediction_row(result, line.ledger.classes))
             continue
         place: dict[str, object] = {"path": result.path}
         if result.path is None:
@@ -41,7 +55,6 @@ def object_of(
             offset += sum(sizes)
         rows.append(image_row(result, version, place))
         stats += stat_rows(result, ids)
-        pixels += result.height * result.width
     about = {
         "fragment": task.fragment,
         "round": task.round,
@@ -54,7 +67,8 @@ def object_of(
     }
     if layout.confidence:
         slots, frames = slots + [layout.slots + s for s in slots], frames + certainty
-    data = assemble(about, *tables(rows, stats), frames, slots, layout.index_entries)
+    third = None if layout.has_masks else predictions_table(predictions)
+    data = assemble(about, *tables(rows, stats), frames, slots, layout.index_entries, third)
     bytes_in = sum(row["input_bytes"] or 0 for row in rows)
     return data, Receipt(
         task.fragment, about["n_done"], about["n_rejected"], pixels, bytes_in, len(data)

@@ -2,15 +2,29 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import ImageRejected
 from pipeline.line import Line
 from pipeline.measure import RejectedImage
-from pipeline.records import EncodedImage, Pixels, Verdict
+from pipeline.records import EncodedImage, Pixels, PlannedImage, Verdict
 from pipeline.tile import Picture
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded(Generic[T]):
+    """A picture, its pixels as they are wanted."""
+
+    plan: PlannedImage
+    input_bytes: int
+    sha256: str
+    pixels: T
 
 
 def decoded(
@@ -25,39 +39,50 @@ def decoded(
         left: slots the fragment has left; a picture that needs more becomes large.
     """
     layout = line.ledger.layout
-    for item, digest, outcome in _ahead(encoded, line.limits, line.config.compute.decode_threads):
-        size = None if item.data is None else len(item.data)
-        if isinstance(outcome, Verdict):
-            aside.append(RejectedImage(item.plan, outcome, size, digest))
-            continue
-        need = layout.slots_for(outcome.height, outcome.width)
+    for one in ahead(encoded, line, aside, lambda pixels: pixels):
+        pixels = one.pixels
+        need = layout.slots_for(pixels.height, pixels.width)
         large = need is None or need > min(left, max(1, layout.slots // 4))
         left -= 0 if large or need is None else need
-        rows, columns = line.grid.offsets(outcome.height), line.grid.offsets(outcome.width)
-        yield Picture(item.plan, outcome, size or 0, digest or "", large, rows, columns)
+        rows, columns = line.grid.offsets(pixels.height), line.grid.offsets(pixels.width)
+        yield Picture(one.plan, pixels, one.input_bytes, one.sha256, large, rows, columns)
 
 
-Decoded = tuple[EncodedImage, str | None, Pixels | Verdict]
-
-
-def _ahead(
-    encoded: Iterable[EncodedImage], limits: DecodeLimits, threads: int
-) -> Iterator[Decoded]:
+def ahead(
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    aside: list[RejectedImage],
+    change: Callable[[Pixels], T],
+) -> Iterator[Decoded[T]]:
+    """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads."""
+    threads = line.config.compute.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[Decoded]] = deque()
+        waiting: deque[Future[Decoded[T] | RejectedImage]] = deque()
+
+        def landed() -> Iterator[Decoded[T]]:
+            outcome = waiting.popleft().result()
+            if isinstance(outcome, RejectedImage):
+                aside.append(outcome)
+            else:
+                yield outcome
+
         for item in encoded:
-            waiting.append(pool.submit(_decoded, item, limits))
+            waiting.append(pool.submit(_decoded, item, line.limits, change))
             if len(waiting) > threads:
-                yield waiting.popleft().result()
+                yield from landed()
         while waiting:
-            yield waiting.popleft().result()
+            yield from landed()
 
 
-def _decoded(item: EncodedImage, limits: DecodeLimits) -> Decoded:
+def _decoded(
+    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T]
+) -> Decoded[T] | RejectedImage:
     if item.data is None:
-        return item, None, item.verdict or Verdict("fetch", "unreadable", "no bytes came")
-    digest = hashlib.sha256(item.data).hexdigest()
+        verdict = item.verdict or Verdict("fetch", "unreadable", "no bytes came")
+        return RejectedImage(item.plan, verdict)
+    size, digest = len(item.data), hashlib.sha256(item.data).hexdigest()
     try:
-        return item, digest, decode(item.data, limits)
-    except ImageRejected as verdict:
-        return item, digest, Verdict(verdict.station, verdict.reason, verdict.detail)
+        return Decoded(item.plan, size, digest, change(decode(item.data, limits)))
+    except ImageRejected as error:
+        verdict = Verdict(error.station, error.reason, error.detail)
+        return RejectedImage(item.plan, verdict, size, digest)

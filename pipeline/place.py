@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipeline.config import SegmentConfig
 from pipeline.records import Receipt, Task
 
 
@@ -18,13 +19,22 @@ class Found:
     stride: int
     min_side: int
     receptive_field: int | None
+    multiple: int = 1
+    partial_cells: bool = False
+    max_side: int | None = None
 
 
 class Place(Protocol):
     """Where fragments are run."""
 
-    def found(self, bundle: tuple[bytes, bytes], images: int) -> Found:
-        """Load the model there, once, and find the pixel budget for a run of so many images."""
+    def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
+        """Load the model there, once, and find the pixel budget for a run of so many images.
+
+        Args:
+            bundle: model.json and weights.safetensors.
+            images: how many are planned.
+            config: the run's.
+        """
         ...
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:

@@ -1,4 +1,4 @@
-"""A finished (or unfinished) run, read back: masks by key, tables, a torch data set.
+"""A finished (or unfinished) run, read back: masks or classes by key, tables, a torch data set.
 
 Nothing here is needed to read a run: zarr, xarray, DuckDB and polars do (README). It adds comfort
 and speed: a mask is one range request and one decompression per slot.
@@ -18,7 +18,14 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ImageRejected, RunRefused
 from pipeline.finalize import REJECTED
-from pipeline.fragment import CLASS_STATS, IMAGES, Header, decompress, read_index
+from pipeline.fragment import (
+    CLASS_STATS,
+    IMAGES,
+    PREDICTIONS,
+    Header,
+    decompress,
+    read_index,
+)
 from pipeline.large import committed_region
 from pipeline.layout import REGION
 from pipeline.ledger import Commit, Ledger
@@ -71,8 +78,21 @@ class Run:
 
     @cached_property
     def rejected(self) -> pa.Table:
-        """One row per image without a mask, with station, reason and detail."""
+        """One row per image without an answer, with station, reason and detail."""
         return self._table("rejected", REJECTED)
+
+    @cached_property
+    def predictions(self) -> pa.Table:
+        """One row per image that a classifier has seen (`pipeline.fragment.PREDICTIONS`).
+
+        Raises:
+            RunRefused: if the run's model is no classifier.
+        """
+        if self.ledger.layout.has_masks:
+            raise RunRefused(
+                f"{self._store.uri} holds masks, its model is no classifier; use mask(key)"
+            )
+        return self._table("predictions", PREDICTIONS)
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         if self.ledger.manifests():
@@ -100,6 +120,10 @@ class Run:
             REJECTED.names
         )
 
+    @staticmethod
+    def _predictions_of(header: Header) -> pa.Table:
+        return PREDICTIONS.empty_table() if header.predictions is None else header.predictions
+
     @cached_property
     def _row_of_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.images["key"].to_pylist())}
@@ -114,24 +138,48 @@ class Run:
             raise KeyError(f"{key!r} is not in {self._store.uri}")
         return self.images.slice(self._row_of_key[key], 1).to_pylist()[0]
 
+    @cached_property
+    def _prediction_of_image(self) -> dict[int, int]:
+        ids = self.predictions["image_id"].to_pylist()
+        return {image_id: row for row, image_id in enumerate(ids)}
+
+    def prediction(self, key: str) -> dict[str, Any]:
+        """The class of an image: its predictions row.
+
+        Raises:
+            KeyError: if the run has no such image, or it was rejected (with the reason).
+            RunRefused: if the run's model is no classifier.
+        """
+        places, row = self._prediction_of_image, _done(self.row(key), "class")
+        return self.predictions.slice(places[row["image_id"]], 1).to_pylist()[0]
+
+    def _refuse_without_masks(self) -> None:
+        if not self.ledger.layout.has_masks:
+            raise RunRefused(
+                f"{self._store.uri} holds one class per picture and no masks: its model is a "
+                "classifier; use prediction(key)"
+            )
+
     def mask(self, key: str) -> Array:
         """The mask of an image: [H, W], uint8 (uint16 beyond 255 classes), fill value = no data.
 
         Raises:
             KeyError: if the run has no such image, or it was rejected (with the reason).
+            RunRefused: if the run's model is a classifier.
         """
+        self._refuse_without_masks()
         return self._pixels(self.row(key), confidence=False)
 
     def confidence(self, key: str) -> Array:
         """Confidence of each pixel, [H, W] uint8, 255 = certain; only of runs with --confidence."""
+        self._refuse_without_masks()
         if not self.ledger.layout.confidence:
             raise RunRefused("this run stored no confidence; run with --confidence")
         return self._pixels(self.row(key), confidence=True)
 
     def _pixels(self, row: dict[str, Any], confidence: bool) -> Array:
-        if row["status"] != "done":
-            raise KeyError(f"{row['key']!r} has no mask: {row['station']}: {row['reason']}")
-        shape, layout = (row["height"], row["width"]), self.ledger.layout
+        row, layout = _done(row, "mask"), self.ledger.layout
+        shape = row["height"], row["width"]
         if row["path"]:
             level = "confidence" if confidence else "0"
             return self._large(
@@ -215,7 +263,11 @@ class Run:
         Returns:
             Items ``{"key": str, "mask": uint8 tensor [H, W]}`` and, if asked for,
             ``"image"``: tensor [C, H, W].
+
+        Raises:
+            RunRefused: if the run's model is a classifier.
         """
+        self._refuse_without_masks()
         from pipeline.torch_dataset import MaskDataset  # torch: only for those who train
 
         return MaskDataset(self.ledger.store.uri, pictures)
@@ -223,3 +275,9 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """The newest manifest: counts, and the hash of every final table."""
         return json.loads(self._store.read(f"manifest/{self.ledger.manifests()[-1]:03d}.json"))
+
+
+def _done(row: dict[str, Any], what: str) -> dict[str, Any]:
+    if row["status"] != "done":
+        raise KeyError(f"{row['key']!r} has no {what}: {row['station']}: {row['reason']}")
+    return row

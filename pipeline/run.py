@@ -2,14 +2,17 @@
 
 The way of one image: `load` fetches its bytes, `segment` decodes, cuts, packs, predicts, stitches
 and measures it, `store` commits its fragment. Each line of `segment` is one file of this package.
+Where the model is a classifier `classify` stands in its place (pipeline/classify.py): a class per
+picture, no mask.
 Here one process runs the legs (`run_here`, some threads, a fragment each); a cluster runs the
 same three legs, only further apart (pipeline/cluster.py). An image ends in one place: a
-`MeasuredMask` or a `RejectedImage`, both rows of the object that commits its fragment.
+`MeasuredMask` (or `ClassifiedImage`) or a `RejectedImage`, rows of the object that commits its
+fragment.
 """
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -17,18 +20,19 @@ from itertools import groupby
 from typing import cast
 
 from pipeline import formats
-from pipeline.batch import pack
+from pipeline.batch import Batch, pack
 from pipeline.careful import segment_carefully
+from pipeline.classify import classify
 from pipeline.clock import Clock
 from pipeline.errors import Reason, RunStuck
 from pipeline.infer import Segmenter
 from pipeline.large import LargeMask
 from pipeline.line import Line
-from pipeline.measure import MaskSink, MeasuredMask, RejectedImage, SlotMask, measure
+from pipeline.measure import MaskSink, MeasuredMask, RejectedImage, Result, SlotMask, measure
 from pipeline.packing import object_of
 from pipeline.pictures import decoded
 from pipeline.records import EncodedImage, PlannedImage, Receipt, Task, Verdict
-from pipeline.tile import Picture, cut, stitch
+from pipeline.tile import Picture, Rows, Strip, TileAnswer, cut, stitch
 
 WATCH_S = 5.0  # how often the watchdog looks
 
@@ -78,23 +82,54 @@ def segment(
 
     aside: list[RejectedImage] = []
     pictures = decoded(encoded, line, aside, layout.slots if slots is None else slots)
-    tiles = cut(clock.over("decode", pictures), line.grid)
-    batches = pack(
-        tiles, line.ledger.budget, line.config.batch.window_mb * 1024**2, line.grid.stride
-    )
-    answers = segmenter.predict(batches, layout.confidence)
-    finish = partial(segmenter.finish, confidence=layout.confidence)
-    strips = stitch(clock.over("predict", answers), line.grid, finish)
+    strips = masked(pictures, line, segmenter.predict, segmenter.finish, clock)
     yield from clock.over("measure", measure(strips, sink_for))
     yield from aside
 
 
+def masked(
+    pictures: Iterable[Picture],
+    line: Line,
+    predict: Callable[[Iterable[Batch], bool], Iterator[TileAnswer]],
+    finish: Callable[..., Rows],
+    clock: Clock,
+) -> Iterator[Strip]:
+    """Pictures to finished rows of their masks; scoring.py compares these instead of keeping them.
+
+    Args:
+        pictures: of one fragment.
+        line: the run's line.
+        predict: see `Segmenter.predict`.
+        finish: see `Segmenter.finish`.
+        clock: books the seconds.
+    """
+    confidence, window = line.ledger.layout.confidence, line.config.batch.window_mb * 1024**2
+    tiles = cut(clock.over("decode", pictures), line.grid)
+    batches = pack(tiles, line.ledger.budget, window, line.grid.align)
+    answers = predict(batches, confidence)
+    finish = partial(finish, confidence=confidence)
+    yield from stitch(clock.over("predict", answers), line.grid, finish)
+
+
+def answer(
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    segmenter: Segmenter,
+    clock: Clock,
+    slots: int | None = None,
+) -> Iterator[Result]:
+    """`segment`, or `classify` where the run's model is a classifier."""
+    if line.ledger.layout.has_masks:
+        return segment(encoded, line, segmenter, clock, slots)
+    return classify(encoded, line, segmenter, clock)
+
+
 def attempt(
     task: Task, encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: Clock
-) -> Iterator[MeasuredMask | RejectedImage]:
-    """`segment`; where an earlier attempt did not end, image by image in a child process."""
+) -> Iterator[Result]:
+    """`answer`; where an earlier attempt did not end, image by image in a child process."""
     if line.ledger.begin_attempt(task.fragment) == 0:
-        return segment(encoded, line, segmenter, clock)
+        return answer(encoded, line, segmenter, clock)
     return clock.over("careful", segment_carefully(encoded, line, line.ledger.layout.slots))
 
 

@@ -34,6 +34,25 @@ class Grid:
     """Pixels; None = the whole picture."""
     min_side: int
     """The model's smallest input; smaller pictures are padded up to it."""
+    multiple: int = 1
+    """The model pads sides to a multiple of this many pixels: tiles had better be multiples."""
+    partial_cells: bool = False
+    """Whether cells that the picture fills only in part are in the native grid."""
+
+    @property
+    def align(self) -> int:
+        """Pixels that offsets and sides of tiles are multiples of."""
+        return math.lcm(self.stride, self.multiple)
+
+    def cells(self, length: int) -> int:
+        """Native cells along a picture's side."""
+        if self.partial_cells:
+            return -(-length // self.stride)
+        return max(1, length // self.stride)
+
+    def span(self, length: int) -> int:
+        """The pixels over which these cells are stretched."""
+        return self.cells(length) * self.stride if self.partial_cells else length
 
     def side(self, length: int) -> int:
         """The side of the tiles along a picture's side: all equal, as small as their number allows.
@@ -43,23 +62,23 @@ class Grid:
         """
         if length <= self.size:
             return length
-        most, overlap = max(self.stride, self.size // self.stride * self.stride), self._shared
-        count = -(-(length - overlap) // max(self.stride, most - overlap))
+        most, overlap = max(self.align, self.size // self.align * self.align), self._shared
+        count = -(-(length - overlap) // max(self.align, most - overlap))
         even = -(-(length + (count - 1) * overlap) // count)
-        return -(-even // self.stride) * self.stride
+        return -(-even // self.align) * self.align
 
     @property
     def _shared(self) -> int:
-        """The overlap in whole cells."""
-        return -(-self.overlap // self.stride) * self.stride
+        """The overlap in whole steps."""
+        return -(-self.overlap // self.align) * self.align
 
     def offsets(self, length: int) -> tuple[int, ...]:
-        """First pixels of the tiles along a side, multiples of the stride."""
+        """First pixels of the tiles along a side, multiples of `align`."""
         side = self.side(length)
         if side == length:
             return (0,)
-        last = -(-(length - side) // self.stride) * self.stride
-        return (*range(0, last, max(self.stride, side - self._shared)), last)
+        last = -(-(length - side) // self.align) * self.align
+        return (*range(0, last, max(self.align, side - self._shared)), last)
 
     def extent(self, offset: int, length: int) -> int:
         """Pixels of the tile that starts there."""
@@ -79,6 +98,8 @@ class Picture:
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     """Offsets of its tiles."""
+    upright: tuple[int, int] | None = None
+    """Height and width before it was scaled for a classifier; None: its pixels are unscaled."""
 
     @property
     def tiled(self) -> bool:
@@ -120,13 +141,15 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileAnswer:
-    """What the model says of a tile: finished rows of a whole picture, native scores of a part."""
+    """What the model says of a tile: rows or probabilities of a whole picture, scores of a part."""
 
     tile: Tile
     rows: Rows | None = None
     scores_KGg: Array | None = None
+    probabilities_K: Array | None = None
+    """A classifier's, float32."""
     failure: str | None = None
-    """Why there is neither."""
+    """Why there is none of these."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +219,7 @@ class _Canvas:
     def empty(cls, picture: Picture, grid: Grid, scores_KGg: Array) -> "_Canvas":
         """Nothing yet, of as many classes as the scores that are to come."""
         pixels = picture.pixels
-        cells = (max(1, pixels.height // grid.stride), max(1, pixels.width // grid.stride))
+        cells = (grid.cells(pixels.height), grid.cells(pixels.width))
         kept_KGg = np.zeros((scores_KGg.shape[0], 0, cells[1]), scores_KGg.dtype)
         return cls(picture, grid, cells, kept_KGg, np.zeros((0, cells[1]), scores_KGg.dtype))
 
@@ -238,19 +261,20 @@ class _Canvas:
         if tile.x != self.picture.columns[-1]:
             return
         last, height = self.complete(tile), self.picture.pixels.height
+        span = self.grid.span(height)
         if last:
             until = height
         else:
             following = self.picture.rows[self.picture.rows.index(tile.y) + 1] // self.grid.stride
             # A pixel row reads the grid rows around it: stop where the lower one may still change.
-            until = first_row_reading(following, self.cells[0], height)
+            until = first_row_reading(following, self.cells[0], span)
         if until > self.next_y:
             # Not the rows below: where a halo counts nothing their weight may still be 0.
-            kept = grid_row_above(until - 1, self.cells[0], height) + 2 - self.top
+            kept = grid_row_above(until - 1, self.cells[0], span) + 2 - self.top
             blended = self.scores_KGg[:, :kept] / self.weights_Gg[:kept]
             rows = finish(self.picture, blended, self.top, self.cells, self.next_y, until)
             self.next_y = until
-            self._forget(0 if last else grid_row_above(until, self.cells[0], height))
+            self._forget(0 if last else grid_row_above(until, self.cells[0], span))
             seam = (
                 self.disagreed / self.compared if last and self.compared else 0.0 if last else None
             )

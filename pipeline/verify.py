@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import REASONS, StorageMissing
-from pipeline.finalize import FINAL, final_tables, in_manifest
+from pipeline.finalize import final_tables, in_manifest
 from pipeline.fragment import (
     FragmentDamaged,
     Header,
@@ -30,9 +30,7 @@ from pipeline.fragment import (
 )
 from pipeline.large import committed_region
 from pipeline.layout import (
-    COMMITS,
     LEVELS,
-    MASKS,
     REGION,
     large_array_json,
     large_group_json,
@@ -43,6 +41,10 @@ from pipeline.records import Array
 from pipeline.tables import read_table
 
 AT_ONCE = 4  # whole objects in memory at a time
+SUM_MAY_MISS = 1e-3  # float32, thousands of classes
+PLACES = ("pixel_start", "mask_index", "path", "byte_offset", "byte_nbytes")
+OF_MASKS = (*PLACES, "nodata_pixels", "seam_score")
+"""Columns of the images table that only a mask fills."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,8 @@ def _strangers(
     ledger: Ledger, commits: dict[int, Commit], planned: dict[int, list[tuple[int, str]]]
 ) -> Iterator[str]:
     expected = {commits[fragment].path for fragment in commits if fragment in planned}
-    for found in ledger.store.list(MASKS):
-        if found.path.startswith(f"{COMMITS}/") and found.path not in expected:
+    for found in ledger.listed(ledger.layout.commits):
+        if found.path not in expected:
             yield f"{found.path}: committed, but no plan asks for it"
 
 
@@ -172,6 +174,11 @@ def _fragment(
     except (FragmentDamaged, StorageMissing) as error:
         return [f"{commit.path}: {error}; delete it and run segment again"], 0, 0
     problems = list(_tables(ledger, commit, header, planned))
+    if not ledger.layout.has_masks:
+        problems += [f"{commit.path}: {text}" for text in _predictions(ledger, data, header)]
+        done = header.images.filter(pc.equal(header.images["status"], "done"))
+        area = pc.sum(pc.multiply(done["height"].cast("int64"), done["width"])).as_py() or 0
+        return problems, header.images.num_rows, area
     stats: dict[int, dict[int, dict[str, Any]]] = {}
     for row in header.class_stats.to_pylist():
         stats.setdefault(row["image_id"], {})[row["class_id"]] = row
@@ -212,6 +219,43 @@ def _tables(
             yield f"{commit.path}: {row['key']}: status {row['status']} with reason {row['reason']}"
         if row["model_version"] != ledger.model_version:
             yield f"{commit.path}: {row['key']}: made by {row['model_version']}"
+
+
+def _predictions(ledger: Ledger, data: bytes, header: Header) -> Iterator[str]:
+    """What is wrong with a classifier's fragment."""
+    if len(data) != header.nbytes + 4:  # an index of no entries is its checksum alone
+        yield f"{len(data) - header.nbytes - 4} bytes lie behind its header"
+    if header.predictions is None or header.class_stats.num_rows:
+        yield "its tables are not those of a classifier"
+        return
+    images, rows = header.images.to_pylist(), header.predictions.to_pylist()
+    done = [image["image_id"] for image in images if image["status"] == "done"]
+    if [row["image_id"] for row in rows] != done:
+        yield "its predictions are not one for each image that is done"
+        return
+    answers = dict(zip(done, rows, strict=True))
+    for image in images:
+        where = f"image {image['image_id']} ({image['key']})"
+        if any(image[name] is not None for name in OF_MASKS):
+            yield f"{where}: says where its mask lies, and there is none"
+        if image["status"] == "done":
+            wrong = _prediction(ledger, image, answers[image["image_id"]])
+            yield from (f"{where}: {text}" for text in wrong)
+
+
+def _prediction(ledger: Ledger, image: dict[str, Any], row: dict[str, Any]) -> Iterator[str]:
+    sure = np.array(row["probabilities"], np.float32)
+    if len(sure) != len(ledger.classes):
+        yield f"{len(sure)} probabilities for {len(ledger.classes)} classes"
+        return
+    if not (np.all(sure >= 0) and abs(float(sure.sum()) - 1) <= SUM_MAY_MISS):
+        yield f"its probabilities sum to {sure.sum():.4f}"
+    first = int(sure.argmax())
+    expected = ledger.classes[first]
+    if (row["label"], row["name"]) != (expected["id"], expected["name"]):
+        yield f"label {row['label']} ({row['name']}) is not its most probable class"
+    if row["confidence"] != sure[first] or image["mean_confidence"] != sure[first]:
+        yield f"its confidence {row['confidence']} is not the probability of its label"
 
 
 def _image(
@@ -349,7 +393,7 @@ def _final(ledger: Ledger) -> Iterator[str]:
             continue
         if hashlib.sha256(stored).hexdigest() != hashes[name]:
             yield f"final/{name}.parquet: its SHA-256 is not the one in {place}"
-        elif name in FINAL and not _content(stored).equals(_content(fresh)):
+        elif not _content(stored).equals(_content(fresh)):
             yield f"final/{name}.parquet: is not what the fragments say"
 
 

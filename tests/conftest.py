@@ -105,6 +105,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Share an untrained bundle that tells three kinds of whole pictures apart."""
+    from tests.bundles import tiny_classifier as made  # torch: not for those who need no model
+
+    return made(tmp_path_factory.mktemp("bundle") / "classifier")
+
+
 # -- runs ----------------------------------------------------------------------------------------
 
 

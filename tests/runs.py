@@ -284,11 +284,9 @@ def commits(run: Path | str) -> dict[int, str]:
 
 def committed(run: Path) -> int:
     """How many fragments of a local run are committed: cheap enough to poll."""
-    try:
-        found = (run / "masks.zarr/mask/c").iterdir()
-        return len([path for path in found if not path.name.startswith(".")])
-    except FileNotFoundError:
-        return 0
+    folders = [run / "masks.zarr/mask/c", run / "predictions/c"]  # of a classifier: the other one
+    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    return len([path for path in found if not path.name.startswith(".")])
 
 
 def this_call(run: Path | str) -> dict[str, Any]:
@@ -302,19 +300,23 @@ OF_ATTEMPTS = ["token", "etag", "nbytes", "header_nbytes", "data_crc32c"]
 
 
 def content(run: Path | str, without: Sequence[str] = ()) -> dict[str, Any]:
-    """What makes two runs equal: decoded masks, and rows less tokens, times and these columns."""
+    """What makes two runs equal: decoded masks or predictions, and rows less tokens, times and
+    these columns."""
     read = open_run(str(run))
     with read.ledger.plan_file("final/fragments.parquet") as file:
         fragments = pq.read_table(file).drop_columns(OF_ATTEMPTS)
     images = read.images.drop_columns(IN_OBJECTS).to_pylist()
-    masks = {row["key"]: read.mask(row["key"]) for row in images if row["status"] == "done"}
     parts = {
         "images": images,
         "class_stats": read.class_stats.to_pylist(),
         "rejected": read.rejected.to_pylist(),
         "fragments": fragments.to_pylist(),
-        "masks": {key: (mask.shape, mask.tobytes()) for key, mask in masks.items()},
     }
+    if read.ledger.layout.has_masks:
+        masks = {row["key"]: read.mask(row["key"]) for row in images if row["status"] == "done"}
+        parts["masks"] = {key: (mask.shape, mask.tobytes()) for key, mask in masks.items()}
+    else:
+        parts["predictions"] = read.predictions.to_pylist()
     return {name: _less(rows, without) for name, rows in parts.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from models.parts.configs import Json, did_you_mean
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CARD = "model.json"
 WEIGHTS = "weights.safetensors"
+RUNS_CODE = frozenset(
+    {".pt", ".pth", ".pt2", ".pkl", ".pickle", ".bin", ".ckpt", ".ts", ".torchscript"}
+)
+"""Endings of files that run code when they are opened."""
+Task = Literal["segment", "classify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,9 @@ class InputInfo:
     std: tuple[float, ...]
     range: tuple[float, float] | None = None
     """The 16-bit pixel values that become 0 and 1; None: 0 and 65535. 8-bit ones are 0 to 255."""
+    resize: tuple[int, int] | None = None
+    """Height and width that a picture is stretched to before the model reads it; classifiers only.
+    None: a classifier reads pictures as they are, scaled down where they exceed the tile."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "range"):  # 0 and 0.0 are equal, their JSON and its hash not
@@ -65,6 +73,10 @@ class InputInfo:
             raise ValueError(f"input.std must be above 0, it is {self.std}")
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError(f"input.range must rise, it is {self.range}")
+        if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
+            raise ValueError(
+                f"input.resize must be height and width, 1 or more each, it is {self.resize}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,8 @@ class Bundle:
     receptive_field: int | None
     """Pixels one answer depends on; None: all of them."""
     tile: TileInfo | None = None
+    task: Task = "segment"
+    """What is answered: a class for every pixel, or one for the whole picture."""
     ignore_id: int = 255
     """The label that was left out of training, and that a mask holds where there is no answer."""
     provenance: dict[str, Json]
@@ -113,6 +127,14 @@ class Bundle:
             )
         if not 0 <= self.ignore_id <= 65_535:
             raise ValueError(f"ignore_id must be 0 to 65535, it is {self.ignore_id}")
+        if self.task not in get_args(Task):
+            tasks = get_args(Task)
+            raise ValueError(f"there is no task {self.task!r}{did_you_mean(self.task, tasks)}")
+        if self.input.resize is not None and self.task != "classify":
+            raise ValueError(
+                f"input.resize {self.input.resize} is for classifiers, this task is {self.task}; "
+                "leave it out: pictures are cut into tiles instead"
+            )
 
     @property
     def sha256(self) -> str:
@@ -122,6 +144,11 @@ class Bundle:
     def to_json(self) -> bytes:
         """The canonical bytes of `model.json`."""
         card = {"format_version": FORMAT_VERSION, **asdict(self)}
+        # What only classifiers have is left out of other cards: older ones keep bytes and hash.
+        if self.task == "segment":
+            del card["task"]
+        if self.input.resize is None:
+            del card["input"]["resize"]
         text = json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
 
@@ -163,7 +190,7 @@ def _bundle(card: dict[str, Any]) -> Bundle:
     if card.get("tile") is not None:
         tile = _only_known(TileInfo, card["tile"], "tile")
         checked["tile"] = TileInfo(**{key: _the(int, tile[key], f"tile.{key}") for key in tile})
-    for key, kind in (("ignore_id", int), ("weights_sha256", str)):
+    for key, kind in (("task", str), ("ignore_id", int), ("weights_sha256", str)):
         if key in card:
             checked[key] = _the(kind, card[key], key)
     return Bundle(**checked)
@@ -181,12 +208,13 @@ def _class(entry: object, where: str) -> ClassInfo:
 def _input(entry: object) -> InputInfo:
     known = _only_known(InputInfo, entry, "input")
     channels = _the(int, known["channels"], "input.channels")
-    limits = known.get("range")
+    limits, resize = known.get("range"), known.get("resize")
     return InputInfo(
         channels=channels,
         mean=tuple(_numbers(float, known["mean"], "input.mean", count=channels)),
         std=tuple(_numbers(float, known["std"], "input.std", count=channels)),
         range=None if limits is None else tuple(_numbers(float, limits, "input.range", count=2)),
+        resize=None if resize is None else tuple(_numbers(int, resize, "input.resize", count=2)),
     )
 
 

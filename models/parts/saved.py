@@ -11,15 +11,12 @@ import safetensors
 import torch
 from safetensors import torch as tensors
 
-from models.parts.bundle import CARD, WEIGHTS, Bundle
+from models.parts.bundle import CARD, RUNS_CODE, WEIGHTS, Bundle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from models.parts.segmenter import Segmenter
-
-PICKLED = {".pt", ".pth", ".pt2", ".pkl", ".pickle", ".bin", ".ckpt"}
-"""Endings of files that run code when they are opened."""
 
 
 class Build(Protocol):
@@ -42,16 +39,25 @@ def save_bundle(folder: Path, model: Segmenter, bundle: Bundle) -> str:
     Raises:
         ValueError: the card is not about this model.
     """
-    _refuse_strangers(model, bundle)
-    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    weights = tensors.save(state)
-    bundle = replace(bundle, weights_sha256=hashlib.sha256(weights).hexdigest())
-    card = bundle.to_json()
+    card, weights = as_bytes(model, bundle)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(weights)
     (folder / CARD).write_bytes(card)
-    return bundle.sha256
+    return hashlib.sha256(card).hexdigest()
+
+
+def as_bytes(model: Segmenter, bundle: Bundle) -> tuple[bytes, bytes]:
+    """What `save_bundle` writes: model.json and weights.safetensors.
+
+    Raises:
+        ValueError: the card is not about this model.
+    """
+    _refuse_strangers(model, bundle)
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = tensors.save(state)
+    card = replace(bundle, weights_sha256=hashlib.sha256(weights).hexdigest())
+    return card.to_json(), weights
 
 
 def load_bundle(folder: Path, build: Build) -> tuple[Segmenter, Bundle]:
@@ -64,7 +70,7 @@ def load_bundle(folder: Path, build: Build) -> tuple[Segmenter, Bundle]:
     folder = Path(folder)
     candidates = [folder] if folder.is_file() else sorted(folder.iterdir())
     for path in candidates:
-        if path.suffix.lower() in PICKLED:
+        if path.suffix.lower() in RUNS_CODE:
             raise ValueError(
                 f"{path} is a pickle: opening it would run what it holds; "
                 f"save the weights as {WEIGHTS} and remove it"
@@ -99,6 +105,7 @@ def load_bundle_bytes(model_json: bytes, weights: bytes, build: Build) -> tuple[
 
 def _refuse_strangers(model: Segmenter, bundle: Bundle) -> None:
     said = {
+        "task": bundle.task,
         "config": bundle.config,
         "classes": len(bundle.classes),
         "input.channels": bundle.input.channels,
@@ -106,6 +113,7 @@ def _refuse_strangers(model: Segmenter, bundle: Bundle) -> None:
         "receptive_field": bundle.receptive_field,
     }
     true = {
+        "task": model.task,
         "config": model.config.to_json(),
         "classes": model.classes,
         "input.channels": model.channels,

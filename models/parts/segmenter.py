@@ -1,12 +1,12 @@
-"""What every model of the zoo promises, and how it keeps items apart.
+"""Models that score every pixel, and how they keep the items of a batch apart.
 
 A subclass writes `grid`: pixels in, logits on its native grid out. Here it becomes `forward`.
 
-On the CPU items pass one by one, each at its own valid size: an answer then cannot depend on batch
+On the CPU items pass one by one, each at its own padded size: an answer then cannot depend on batch
 mates, bit for bit, because oneDNN and MKL choose kernels by batch size (torch 2.13 takes another
 convolution for one small picture than for two). It costs nothing: eight 256 px pictures in one
 batch took twice as long as one by one (137 against 63 ms, one thread, 2026-11-20).
-Elsewhere items pass together, and `grid` masks what lies outside of each.
+Elsewhere, and in training, items pass together, and `grid` masks what lies outside of each.
 
 Shapes: B batch, C input channels, K classes, H W padded input, h w native grid.
 """
@@ -15,37 +15,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
+
+from models.parts.network import Network, on_canvas
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from models.parts.configs import ModelConfig
-
-Size = tuple[int, int]
-"""Height and width."""
+    from models.parts.network import Size
 
 
-class Segmenter(nn.Module):
+class Segmenter(Network):
     """A model that maps pictures to class scores for every pixel."""
 
-    config: ModelConfig
-    classes: int
-    channels: int
-    stride: int
-    """Input pixels per cell of the native grid."""
-    min_side: int
-    """The shortest side it accepts."""
-    receptive_field: int | None
-    """Pixels one answer depends on; None: all of them."""
+    task = "segment"
+    partial_cells: bool = True
+    """Whether a cell that the picture fills only in part counts, or is dropped (`floor`)."""
 
     def native_size(self, height: int, width: int) -> Size:
         """The size of the native grid for a picture of this size."""
+        if self.partial_cells:
+            return -(-height // self.stride), -(-width // self.stride)
         return height // self.stride, width // self.stride
 
+    def span(self, height: int, width: int) -> Size:
+        """The pixels over which the native grid is stretched; beyond the picture is cut off."""
+        if self.partial_cells:
+            h, w = self.native_size(height, width)
+            return h * self.stride, w * self.stride
+        return height, width
+
     def grid(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
-        """Logits_BKhw on the native grid; outside of each item's valid size they mean nothing."""
+        """Logits_BKhw on the native grid of the padded sizes.
+
+        Args:
+            x_BCHW: pictures at their padded size; zero outside of each.
+            sizes_B2: padded height and width of each, on the device of the pictures; None: all H W.
+                What comes out beyond them means nothing.
+        """
         raise NotImplementedError
 
     def forward(
@@ -61,64 +68,29 @@ class Segmenter(nn.Module):
         Returns:
             logits_BKHW, or logits_BKhw if native; zero outside of the valid size.
         """
-        sizes = self._checked(x_BCHW, sizes_B2)
-        if x_BCHW.device.type == "cpu":
-            answers = self._one_by_one(x_BCHW, sizes)
-        elif sizes_B2 is None:
-            logits_BKhw = self.grid(x_BCHW, None)
-            return logits_BKhw if native else stretched(logits_BKhw, x_BCHW.shape[-2:])
+        sizes = self.checked(x_BCHW, sizes_B2)
+        cells = [self.native_size(*size) for size in sizes]
+        if x_BCHW.device.type == "cpu" and not self.training:
+            scores = [self.grid(x_1CHW, None) for x_1CHW in self.alone(x_BCHW, sizes)]
         else:
-            answers = self._together(x_BCHW, sizes_B2, sizes)
+            scores_BKhw = self.grid(*self.together(x_BCHW, sizes))
+            if len(set(sizes)) == 1:  # one stretch for all: the usual case
+                scores, cells, sizes = [scores_BKhw], cells[:1], sizes[:1]
+            else:
+                scores = list(scores_BKhw.split(1))
+        answers = [a[:, :, :h, :w] for a, (h, w) in zip(scores, cells, strict=True)]
         if native:
             return on_canvas(answers, self.native_size(*x_BCHW.shape[-2:]))
-        stretches = (stretched(a_1Khw, size) for a_1Khw, size in zip(answers, sizes, strict=True))
+        stretches = (
+            stretched(a, self.span(h, w))[:, :, :h, :w]
+            for a, (h, w) in zip(answers, sizes, strict=True)
+        )
         return on_canvas(stretches, x_BCHW.shape[-2:])
-
-    def _one_by_one(self, x_BCHW: Tensor, sizes: list[Size]) -> list[Tensor]:
-        # clone, not contiguous: a single-channel picture counts as contiguous in either format, and
-        # the strides it happens to have would choose the kernel.
-        return [
-            self.grid(x_BCHW[i : i + 1, :, :h, :w].clone(memory_format=torch.channels_last), None)
-            for i, (h, w) in enumerate(sizes)
-        ]
-
-    def _together(self, x_BCHW: Tensor, sizes_B2: Tensor, sizes: list[Size]) -> list[Tensor]:
-        logits_BKhw = self.grid(x_BCHW, sizes_B2.to(x_BCHW.device))
-        cells = [self.native_size(*size) for size in sizes]
-        return [logits_BKhw[i : i + 1, :, :h, :w] for i, (h, w) in enumerate(cells)]
-
-    def _checked(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> list[Size]:
-        batch, channels, height, width = x_BCHW.shape
-        if channels != self.channels:
-            raise ValueError(
-                f"the model reads {self.channels} channels, the batch has {channels} "
-                f"(shape {tuple(x_BCHW.shape)}); convert the pictures"
-            )
-        if sizes_B2 is None:
-            sizes = [(height, width)] * batch
-        elif sizes_B2.shape != (batch, 2):
-            raise ValueError(f"sizes must be ({batch}, 2), they are {tuple(sizes_B2.shape)}")
-        else:
-            sizes = [(h, w) for h, w in sizes_B2.tolist()]
-        for h, w in set(sizes):
-            if not (self.min_side <= h <= height and self.min_side <= w <= width):
-                raise ValueError(
-                    f"a picture of {h} x {w} in a batch of {height} x {width}: sides must be at "
-                    f"least {self.min_side} and fit into the batch; pad the picture or leave it out"
-                )
-        return sizes
 
 
 def stretched(logits_BKhw: Tensor, size: Iterable[int]) -> Tensor:
-    """The logits at the size of the picture."""
-    return nn.functional.interpolate(
-        logits_BKhw, size=tuple(size), mode="bilinear", align_corners=False
-    )
-
-
-def on_canvas(answers: Iterable[Tensor], size: Iterable[int]) -> Tensor:
-    """Answers of different sizes as one batch, zeros below and to the right."""
-    height, width = size
-    return torch.cat(
-        [nn.functional.pad(a, (0, width - a.shape[-1], 0, height - a.shape[-2])) for a in answers]
-    )
+    """The logits at another size (bilinear, half-pixel centres)."""
+    size = tuple(size)
+    if logits_BKhw.shape[-2:] == size:
+        return logits_BKhw
+    return nn.functional.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=False)

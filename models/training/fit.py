@@ -1,74 +1,48 @@
 """The loop: batches in, a fitted model and its history out. Knows no Ray, no storage, no files.
 
+A step may be shared. The model may be wrapped in DistributedDataParallel, and a batch may come in
+parts; the loss is divided by what all workers and parts of the step hold together, so that two
+workers with b pictures each do what one does with 2 b, up to rounding. (Not so where pictures of a
+batch meet: batch norms of each worker see their own; see `Recipe.frozen_statistics`.)
+
+The order of the batches is the caller's. To go on from a state, hand in those after `done` steps.
+
 Shapes: B batch, C channels, H W picture, K classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from models.training.losses import Loss
+from models.training.optimizers import memory_of, optimizer_of, remind
+from models.training.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
-Batch = tuple[Tensor, Tensor]
-"""x_BCHW normalised, labels_BHW class indexes."""
+    from models.training.batches import Batch
+    from models.training.recipes import Recipe
+
+Total = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all workers; called by all of them alike."""
+APART = 1_000_003
+"""Between the seeds of two workers: a prime beyond the steps of a training."""
 
 
 class Diverged(ArithmeticError):
     """The loss is no number any more; the model was put back to where it still was."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitConfig:
-    """How to train."""
-
-    steps: int = 1000
-    """Batches in all."""
-    learning_rate: float = 1e-3
-    """At its peak."""
-    final_share: float = 0.01
-    """What is left of the learning rate at the end of the cosine."""
-    warmup: int = 50
-    """Steps from nothing to the peak."""
-    weight_decay: float = 0.01
-    """Of matrices and windows; biases, norms and latents keep their size."""
-    clip_norm: float = 1.0
-    """Longest gradient that is followed in full."""
-    ignore_id: int = 255
-    """Pixels with this label teach nothing."""
-    average: float = 0.0
-    """Share of the past in the running mean of the weights (0.99 looks back 100 steps); 0: none."""
-    keep_every: int = 50
-    """Steps between two copies of a state known to be good."""
-    seed: int = 0
-    """Of dropout and the like; the order of the batches is the caller's."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "keep_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
-        if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup {self.warmup} must lie between 0 and steps {self.steps}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average must be below 1, it is {self.average}; try 0.99")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, it is {self.learning_rate}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: a ramp, then half a cosine."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        wave = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * wave)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,67 +52,151 @@ class Moment:
     step: int
     """Counted from 1."""
     loss: float
+    """Of all workers."""
     learning_rate: float
     gradient_norm: float
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From logits_BKHW and labels_BHW to a scalar."""
-
-
 class Fit:
-    """A training in progress: steps when asked, can be saved in between and taken up again."""
+    """A training in progress: steps when asked, can be saved in between and taken up again.
 
-    def __init__(self, model: nn.Module, config: FitConfig, loss: Loss | None = None) -> None:
+    The model stays on its device, in training mode after a step; on a GPU it is laid out with
+    channels last (wrap it in DistributedDataParallel after doing that yourself).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        pictures: int | None = None,
+        rank: int = 0,
+        total: Total | None = None,
+    ) -> None:
+        """Ready for step 1.
+
+        Args:
+            model: wrapped in DistributedDataParallel where several workers share a step.
+            recipe: how to train; class weights as numbers.
+            pictures: how many an epoch has, of all workers; needed where the recipe has epochs.
+            rank: which worker this is: each drops out other values.
+            total: adds up over all workers; needed where there are several.
+        """
         self.model = model
-        self.config = config
+        self.net = model.module if isinstance(model, DistributedDataParallel) else model
+        self.device = next(self.net.parameters()).device
+        if self.device.type == "cuda" and self.net is model:
+            nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+        elif self.net is not model and total is None:
+            raise ValueError("workers that share a step need total=, a sum over all of them")
+        self.recipe, self.rank = recipe, rank
+        self.total = total or (lambda of_one: of_one)
+        self.epoch = _epoch(recipe, pictures)
+        self.length = recipe.length * (self.epoch if recipe.unit == "epochs" else 1)
+        self.loss = Loss(recipe.loss, recipe.ignore_id)
+        self.optimizer = optimizer_of(self.net, recipe)
         self.done = 0
-        self.loss = loss or PixelCrossEntropy(config.ignore_id)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        kept = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        self.mean = _copied(model) if config.average else {}
+        self.best_figure: float | None = None
+        self.reports_since = 0
+        self.mean = _copied(self.net.state_dict()) if recipe.average else {}
+        self.best: dict[str, Tensor] = {}
         self._good = self.state()
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        patient = not self.recipe.patience or self.reports_since < self.recipe.patience
+        return self.done >= self.length or not patient
+
     def steps(self, batches: Iterable[Batch]) -> Iterator[Moment]:
-        """Train on these batches until they or the configured steps end.
+        """Train until the batches of a worker end, or the recipe does.
+
+        Args:
+            batches: each of `Recipe.part` pictures; `Recipe.accumulate` of them make a step.
 
         Raises:
             Diverged: loss or gradient is no number; the model is back at its last good state.
         """
-        device = next(self.model.parameters()).device
-        for x_BCHW, labels_BHW in batches:
-            if self.done >= self.config.steps:
+        ready = iter(batches)
+        while not self.over:
+            parts = [
+                (x.to(self.device, non_blocking=True), labels.to(self.device, torch.int64))
+                for x, labels in islice(ready, self.recipe.accumulate)
+            ]
+            workers, with_parts, counts_2 = self._whole(parts)
+            if with_parts < workers:
                 return
-            yield self._step(x_BCHW.to(device), labels_BHW.to(device))
+            yield self._step(parts, workers, counts_2)
 
-    def _step(self, x_BCHW: Tensor, labels_BHW: Tensor) -> Moment:
-        self.model.train()
-        rate = self.config.rate(self.done)
+    def _whole(self, parts: Sequence[Batch]) -> tuple[int, int, Tensor]:
+        """Workers, those of them that have something to do, and what the labels of all hold."""
+        here = torch.tensor([1, bool(parts), 0, 0], device=self.device)
+        for _, labels in parts:
+            here[2:] += self.loss.counts(labels)
+        whole = self.total(here)
+        workers, with_parts = whole[:2].tolist()
+        return workers, with_parts, whole[2:]
+
+    def _step(self, parts: Sequence[Batch], workers: int, counts_2: Tensor) -> Moment:
+        # Before the norms have seen this batch; good once these weights gave a number.
+        before = self.state() if self.done % self.recipe.keep_every == 0 else self._good
+        self._into_training()
+        rate = self.recipe.rate.at(self.done, self.length, self.epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[]):  # the caller's draws stay the caller's
-            torch.manual_seed(self.config.seed + self.done)
-            loss = self.loss(self.model(x_BCHW), labels_BHW)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        moment = Moment(self.done + 1, loss.item(), rate, norm.item())
+        loss = torch.zeros((), device=self.device)
+        with self._own_draws():
+            for i, (x, labels) in enumerate(parts, start=1):
+                with self._gradients_shared(now=i == len(parts)):
+                    share = self._share(x, labels, counts_2)
+                    (workers * share).backward()  # gradients of workers are averaged, not summed
+                loss += share.detach()
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm or math.inf)
+        moment = Moment(self.done + 1, self.total(loss).item(), rate, norm.item())
         if not (math.isfinite(moment.loss) and math.isfinite(moment.gradient_norm)):
             self._give_up(moment)
-        if self.done % self.config.keep_every == 0:
-            self._good = self.state()  # these weights have just given a finite loss
+        self._good = before
         self.optimizer.step()
         self.done += 1
-        for name, value in self.mean.items():
-            # Early on the past is short: the share grows with it, or the start would linger.
-            share = min(self.config.average, self.done / (self.done + 10))
-            value.lerp_(self.model.state_dict()[name].detach(), 1 - share)
+        self._remember()
         return moment
+
+    def _into_training(self) -> None:
+        self.model.train()
+        if self.recipe.frozen_statistics:
+            for layer in self.net.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+
+    @contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Chance that follows from the step alone; the caller's draws stay the caller's."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.recipe.seed + self.done + APART * self.rank)
+            yield
+
+    def _gradients_shared(self, *, now: bool) -> AbstractContextManager[None]:
+        """Workers add up their gradients after the last part of a step only."""
+        if isinstance(self.model, DistributedDataParallel) and not now:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _share(self, x: Tensor, labels: Tensor, counts_2: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            logits = self.model(x)
+        return self.loss(logits.float() if self.recipe.bf16 else logits, labels, counts_2)
+
+    def _remember(self) -> None:
+        """Move the running mean towards the present weights."""
+        # Early on the past is short: the share grows with it, or the start would linger.
+        share = min(self.recipe.average, self.done / (self.done + 10))
+        present = self.net.state_dict()
+        for name, value in self.mean.items():
+            if value.is_floating_point():
+                value.lerp_(present[name], 1 - share)
+            else:
+                value.copy_(present[name])  # a counter of a batch norm
 
     def _give_up(self, moment: Moment) -> None:
         self.restore(self._good)
@@ -148,60 +206,101 @@ class Fit:
             "Try a lower learning rate or a longer warm-up, and look for NaN in the pictures"
         )
 
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on, by value."""
-        return {
-            "done": self.done,
-            "model": _copied(self.model),
-            "optimizer": deepcopy(self.optimizer.state_dict()),
-            "mean": {name: value.clone() for name, value in self.mean.items()},
-        }
+    def scored(self, figure: float) -> bool:
+        """Take note of how good the averaged weights are now, higher being better.
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back, or on, to a state."""
-        self.done = state["done"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        self.mean = {name: value.clone() for name, value in state["mean"].items()}
+        All workers must report the same figure.
+
+        Returns:
+            Whether it is the best so far. Where the recipe has patience, these weights are kept.
+        """
+        if math.isnan(figure) or (self.best_figure is not None and figure <= self.best_figure):
+            self.reports_since += 1
+            return False
+        self.best_figure, self.reports_since = figure, 0
+        if self.recipe.patience:
+            self.best = _copied({**self.net.state_dict(), **self.mean})
+        return True
+
+    def state(self) -> State:
+        """Everything needed to go on, by value."""
+        return State(
+            recipe=self.recipe.to_json(),
+            epoch=self.epoch,
+            done=self.done,
+            best_figure=self.best_figure,
+            reports_since=self.reports_since,
+            model=_copied(self.net.state_dict()),
+            mean=_copied(self.mean),
+            best=_copied(self.best),
+            optimizer=_copied(memory_of(self.optimizer, self.net)),
+        )
+
+    def restore(self, state: State) -> None:
+        """Go back, or on, to a state.
+
+        Raises:
+            ValueError: it is of another recipe, model or number of pictures.
+        """
+        self._refuse_strangers(state)
+        self.net.load_state_dict(dict(state.model))
+        self.done = state.done
+        self.best_figure, self.reports_since = state.best_figure, state.reports_since
+        self.mean, self.best = (_copied(part, self.device) for part in (state.mean, state.best))
+        remind(self.optimizer, self.net, state.optimizer)
+        self._good = state
+
+    def _refuse_strangers(self, state: State) -> None:
+        state.refuse_other(self.recipe.to_json())
+        if state.epoch != self.epoch:
+            raise ValueError(
+                f"an epoch of the state has {state.epoch} steps, here it has {self.epoch}: the "
+                "data is not the same; go on with the old data, or start anew"
+            )
+        for name, value in self.net.state_dict().items():
+            if name not in state.model or state.model[name].shape != value.shape:
+                raise ValueError(
+                    f"the state is of another model: it has no {name} of {tuple(value.shape)}"
+                )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Lend the model the running mean of its weights, in eval mode; put back afterwards."""
-        present = _copied(self.model)
-        self.model.load_state_dict({**present, **self.mean})
-        self.model.eval()
+        present = _copied(self.net.state_dict())
+        self.net.load_state_dict({**present, **self.mean})
+        self.net.eval()
         try:
             yield
         finally:
-            self.model.load_state_dict(present)
+            self.net.load_state_dict(present)
 
     def settle(self) -> nn.Module:
-        """End the training: the averaged weights, if any, become the model's."""
-        self.model.load_state_dict({**self.model.state_dict(), **self.mean})
-        return self.model.eval()
+        """End the training: the best weights, or else the averaged ones, become the model's."""
+        self.net.load_state_dict({**self.net.state_dict(), **(self.best or self.mean)})
+        return self.net.eval()
 
 
-def fit(model: nn.Module, batches: Iterable[Batch], config: FitConfig) -> list[Moment]:
+def fit(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> list[Moment]:
     """Train from start to end; the model is left fitted and in eval mode."""
-    training = Fit(model, config)
+    training = Fit(model, recipe)
     history = list(training.steps(batches))
     training.settle()
     return history
 
 
-@dataclass(frozen=True, slots=True)
-class PixelCrossEntropy:
-    """Mean over the pixels that count; 0, and no gradient, if none does."""
+def _epoch(recipe: Recipe, pictures: int | None) -> int:
+    """Steps in an epoch."""
+    if pictures is None:
+        if recipe.unit == "epochs" or recipe.rate.course == "step":
+            raise ValueError(
+                "the recipe speaks of epochs: say how many pictures one has, or set "
+                "unit steps and another rate.course than step"
+            )
+        return 1
+    if pictures < 1:
+        raise ValueError(f"an epoch needs pictures, it has {pictures}")
+    return -(-pictures // recipe.batch)
 
-    ignore_id: int = 255
 
-    def __call__(self, logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
-        """The loss."""
-        total = nn.functional.cross_entropy(
-            logits_BKHW, labels_BHW, ignore_index=self.ignore_id, reduction="sum"
-        )
-        return total / (labels_BHW != self.ignore_id).sum().clamp(min=1)
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def _copied(values: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {name: value.detach().to(device, copy=True) for name, value in values.items()}

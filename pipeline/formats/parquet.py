@@ -4,6 +4,8 @@ The index reads footers only; sizes are the row group's mean. The column is foun
 type: ``image``, ``img``, ``image_bytes``, ``bytes``, ``content``, ``data``, ``jpg``, ``png``, …,
 also the ``bytes`` leaf of a struct (the Hugging Face layout ``image: {bytes, path}``); else the
 only binary column. A table without one is a single rejected row.
+
+A table of labelled pictures has a column ``mask`` beside it (pipeline/labels.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ COLUMNS = (
     "image", "img", "image_bytes", "image.bytes", "img_bytes", "bytes", "content", "data",
     "jpg", "jpeg", "png", "webp", "tif", "tiff", "picture", "photo",
 )  # fmt: skip
+MASKS = ("mask",)
 MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
 ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
 
@@ -62,7 +65,25 @@ def _refuse_too_many_rows(table: pq.ParquetFile) -> None:
         raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
 
 
-def _leaf(table: pq.ParquetFile) -> int:
+def notes(store: Store, found: Found, names: Sequence[str]) -> dict[str, list[str | None]]:
+    """The text columns of these names, as far as the table has them, in file order.
+
+    Raises:
+        ValueError: it is no table, or has no column of masks.
+    """
+    try:
+        table = pq.ParquetFile(Ranged(store, found.path, found.nbytes, found.etag))
+        _leaf(table, MASKS)
+        there = [name for name in names if name in table.schema_arrow.names]
+        columns = table.read(columns=there, use_threads=False)
+        return {name: columns[name].cast(pa.string()).to_pylist() for name in there}
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(printable(str(error))) from error
+
+
+def _leaf(table: pq.ParquetFile, names: Sequence[str] = COLUMNS) -> int:
     """Index of the leaf column that holds the bytes."""
     schema = table.schema
     binary = {
@@ -72,13 +93,15 @@ def _leaf(table: pq.ParquetFile) -> int:
         and schema.column(i).logical_type.type in {"NONE", "UNKNOWN"}
         and schema.column(i).max_repetition_level == 0
     }
-    for name in COLUMNS:
+    for name in names:
         for candidate in (name, f"{name}.bytes"):
             if candidate in binary:
                 return binary[candidate]
-    if len(binary) == 1:
-        return next(iter(binary.values()))
-    raise ValueError(f"no column of image bytes among {', '.join(schema.names)[:200]}")
+    others = [place for path, place in binary.items() if path.partition(".")[0] not in MASKS]
+    if len(others) == 1 and names == COLUMNS:
+        return others[0]
+    what = "image" if names == COLUMNS else "mask"
+    raise ValueError(f"no column of {what} bytes among {', '.join(schema.names)[:200]}")
 
 
 def fetch(
@@ -88,10 +111,21 @@ def fetch(
     limit: int,
 ) -> Iterator[EncodedImage]:
     """Rows in order; each row group that is touched is read once, a few rows at a time."""
+    yield from _fetched(store, images, limit, COLUMNS)
+
+
+def fetch_masks(store: Store, images: Sequence[PlannedImage], limit: int) -> Iterator[EncodedImage]:
+    """The same of the masks beside the images."""
+    yield from _fetched(store, images, limit, MASKS)
+
+
+def _fetched(
+    store: Store, images: Sequence[PlannedImage], limit: int, names: Sequence[str]
+) -> Iterator[EncodedImage]:
     for path, rows in groupby(images, key=lambda image: path_of(image.key)):
         wanted = list(rows)
         try:
-            yield from _of_one_table(store, path, wanted, limit)
+            yield from _of_one_table(store, path, wanted, limit, names)
         except LOST as error:
             yield from (EncodedImage(image, None, lost(error)) for image in wanted)
         except StorageError:
@@ -102,14 +136,14 @@ def fetch(
 
 
 def _of_one_table(
-    store: Store, path: str, wanted: list[PlannedImage], limit: int
+    store: Store, path: str, wanted: list[PlannedImage], limit: int, names: Sequence[str]
 ) -> Iterator[EncodedImage]:
     """The wanted rows of one table; ``wanted`` loses what was answered, so a caller can go on."""
     about = store.stat(path)
     if about is None:
         raise StorageMissing(path)
     table = pq.ParquetFile(Ranged(store, path, about.nbytes, wanted[0].etag))
-    column = table.schema.column(_leaf(table)).path
+    column = table.schema.column(_leaf(table, names)).path
     first = 0
     for group in range(table.num_row_groups):
         after = first + table.metadata.row_group(group).num_rows

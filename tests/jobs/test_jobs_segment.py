@@ -54,6 +54,26 @@ def test_0_all_is_done_and_a_summary_says_so(tmp_path, call):
     assert (tmp_path / "out/overview.png").exists()
 
 
+def test_0_a_classifier_leaves_labels(tmp_path, call, tiny_classifier):
+    uniform(tmp_path / "in", 3)
+
+    told = call(model=tiny_classifier)
+
+    assert told.code == 0
+    assert told.out.splitlines()[0] == "3 labels, 0 rejected of 3 images (0 other objects skipped)"
+    assert json.loads((tmp_path / "out/receipt.json").read_text())["task"] == "classify"
+
+
+def test_2_a_classifier_has_no_pixels_to_be_sure_of(tmp_path, call, tiny_classifier):
+    uniform(tmp_path / "in", 1)
+
+    told = call("--confidence", model=tiny_classifier)
+
+    assert told.code == 2
+    assert "refused: --confidence: --model" in told.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_3_some_images_were_rejected_and_the_summary_says_why(tmp_path, call):
     filled(tmp_path / "in", {"a.png": png(20, 20, 1), "b.jpg": b"", "c.jpg": b"text", "d.txt": b""})
 
@@ -371,7 +391,8 @@ def test_json_logs_are_json_and_the_receipt_is_the_last_word(tmp_path, call):
     receipt = json.loads(told.out)
     assert receipt == json.loads((tmp_path / "out/receipt.json").read_text())
     assert set(receipt) == {
-        "run_id", "finished", "model", "round", "counts", "skipped", "left_out", "this_call",
+        "run_id", "finished", "model", "task", "round", "counts", "skipped", "left_out",
+        "this_call",
     }  # fmt: skip
     assert set(receipt["counts"]) == {
         "planned",
@@ -386,13 +407,15 @@ def test_json_logs_are_json_and_the_receipt_is_the_last_word(tmp_path, call):
 # -- the surface ---------------------------------------------------------------------------------
 
 FLAGS = {
-    "--out", "--model", "--on", "--limit", "--include", "--exclude", "--format", "--retry",
+    "--out", "--model", "--architecture", "--on", "--limit", "--include", "--exclude", "--format",
+    "--retry",
     "--dry-run", "--no-dry-run", "--layout", "--size", "--confidence", "--no-confidence",
     "--slot-bytes", "--log", "--interval-s", "--help",
     "--fragment.bytes", "--fragment.images",
     "--decode.max-bytes", "--decode.max-pixels",
     "--tile.size", "--tile.overlap", "--tile.taper",
     "--batch.pixels", "--batch.window-mb",
+    "--inference.precision", "--inference.compile", "--inference.no-compile",
     "--compute.workers", "--compute.decode-threads", "--compute.fetch-threads", "--compute.device",
     "--compute.image-timeout-s", "--compute.image-memory-mb", "--compute.object-store-mb",
     "--compute.no-progress-s",

@@ -62,7 +62,7 @@ def in_process(monkeypatch):
     fault/ tests it."""
 
     def segment_here(encoded, line, slots):
-        return run.segment(encoded, line, SEGMENTERS[line.ledger.store.uri], Clock(), slots)
+        return run.answer(encoded, line, SEGMENTERS[line.ledger.store.uri], Clock(), slots)
 
     def remembered(task, encoded, line, segmenter, clock):
         SEGMENTERS[line.ledger.store.uri] = segmenter
@@ -78,21 +78,27 @@ def in_process(monkeypatch):
 SEGMENTERS: dict = {}
 
 
+@pytest.fixture(scope="module", params=["tiny_bundle", "tiny_classifier"], ids=["masks", "classes"])
+def bundle(request):
+    """Both kinds of answers: they are committed and resumed alike."""
+    return request.getfixturevalue(request.param)
+
+
 # -- stopped and killed --------------------------------------------------------------------------
 
 
-def test_after_a_kill_only_what_is_missing_is_computed(tmp_path, tiny_bundle, in_process):
+def test_after_a_kill_only_what_is_missing_is_computed(tmp_path, bundle, in_process):
     source, out = uniform(tmp_path / "in", 14), tmp_path / "out"
-    segment(source, tmp_path / "undisturbed", tiny_bundle)
+    segment(source, tmp_path / "undisturbed", bundle)
 
     with pytest.raises(Killed):
-        segment(source, out, tiny_bundle, Mortal(2))
+        segment(source, out, bundle, Mortal(2))
     before = commits(out)
     now = status(Ledger.open(open_store(str(out))))
     assert (now.planned, now.done + now.pending, now.finished) == (14, 14, False)
 
     place = Counting()
-    outcome = segment(source, out, tiny_bundle, place)
+    outcome = segment(source, out, bundle, place)
 
     assert sorted([*before, *place.asked]) == [0, 1, 2, 3]
     assert commits(out).items() >= before.items()  # not one of them was written again
@@ -182,19 +188,20 @@ def writes_of(source, out, model) -> int:
 
 
 class NoProbe(InProcess):
-    """Loads its model once for all runs of this file."""
+    """Loads each model once for all runs of this file."""
 
-    shared = None
-
-    def found(self, bundle, images):
-        self._segmenter = NoProbe.shared
-        answer = super().found(bundle, images)
-        NoProbe.shared = self._segmenter
+    def found(self, bundle, images, config):
+        self._segmenter = LOADED.get(bundle[0])
+        answer = super().found(bundle, images, config)
+        LOADED[bundle[0]] = self._segmenter
         return answer
 
 
+LOADED: dict = {}
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, tiny_bundle):
+def small(tmp_path_factory, bundle):
     """Five tiny pictures in two fragments; and a later state: one more, one less, one changed."""
     folder = tmp_path_factory.mktemp("small")
     sources = {}
@@ -202,7 +209,7 @@ def small(tmp_path_factory, tiny_bundle):
         names = "abcde" if state == "fresh" else "abdef"
         seeds = {n: ord(n) + (n == "b" and state == "grown") for n in names}
         sources[state] = {f"{n}.png": png(16, 20, seed) for n, seed in seeds.items()}
-    return SimpleNamespace(folder=folder, sources=sources, model=tiny_bundle)
+    return SimpleNamespace(folder=folder, sources=sources, model=bundle)
 
 
 def filled_exactly(folder, contents):
@@ -262,12 +269,10 @@ def test_a_driver_that_dies_again_and_again_gets_there_in_the_end(small, tmp_pat
     assert problems(out) == []
 
 
-def test_a_fragment_that_was_begun_before_is_answered_in_a_child_the_same_way(
-    tmp_path, tiny_bundle
-):
+def test_a_fragment_that_was_begun_before_is_answered_in_a_child_the_same_way(tmp_path, bundle):
     source, out = archives.mixed(tmp_path / "in"), tmp_path / "out"
-    knobs = {"slot_bytes": 4096, "fragment": {"images": 16}}
-    segment(source, tmp_path / "undisturbed", tiny_bundle, **knobs)
+    knobs = {"fragment": {"images": 16}}
+    segment(source, tmp_path / "undisturbed", bundle, **knobs)
 
     class Dies(InProcess):
         def run(self, tasks, run_uri, stop):
@@ -276,8 +281,8 @@ def test_a_fragment_that_was_begun_before_is_answered_in_a_child_the_same_way(
             yield
 
     with pytest.raises(Killed):
-        segment(source, out, tiny_bundle, Dies(), **knobs)
-    segment(source, out, tiny_bundle, **knobs)
+        segment(source, out, bundle, Dies(), **knobs)
+    segment(source, out, bundle, **knobs)
 
     assert content(out) == content(tmp_path / "undisturbed")
     assert problems(out) == []
@@ -286,14 +291,14 @@ def test_a_fragment_that_was_begun_before_is_answered_in_a_child_the_same_way(
 # -- two drivers ---------------------------------------------------------------------------------
 
 
-def test_two_drivers_on_one_run_waste_work_and_break_nothing(tmp_path, tiny_bundle, in_process):
+def test_two_drivers_on_one_run_waste_work_and_break_nothing(tmp_path, bundle, in_process):
     source = uniform(tmp_path / "in", 18)
-    segment(source, tmp_path / "undisturbed", tiny_bundle)
+    segment(source, tmp_path / "undisturbed", bundle)
     out, together = tmp_path / "out", threading.Barrier(2)
 
     def drive(_):
         together.wait()
-        return segment(source, out, tiny_bundle)
+        return segment(source, out, bundle)
 
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(drive, range(2)))

@@ -11,7 +11,7 @@ from safetensors import torch as tensors
 
 import models
 
-TINY = {"variant": "residual", "stem_width": 4, "features": 8, "latent_dim": 8, "stem_depth": 1}
+TINY = {"variant": "plus", "size": "xs"}
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_another_weight_or_word_gives_another_name(tmp_path, model):
     names = [models.save_bundle(tmp_path, model, card_of(model))]
     names.append(models.save_bundle(tmp_path, model, card_of(model, metrics={"miou": 81.26})))
     with torch.no_grad():
-        model.encoder.conv1.bias[0] += 1e-3
+        model.encoder.stem.norm.bias[0] += 1e-3
     names.append(models.save_bundle(tmp_path, model, card_of(model)))
 
     assert len(set(names)) == 3
@@ -171,7 +171,7 @@ def test_a_folder_with_a_pickle_is_refused_and_the_pickle_not_opened(saved, name
         (lambda c: c["config"].update(width=3), "no option 'width'"),
         (lambda c: c["config"].pop("heads"), "config is"),
         (lambda c: c.update(architecture="unet"), "no architecture 'unet'"),
-        (lambda c: c.update(architecture="parts.bundle"), "no architecture 'parts.bundle'"),
+        (lambda c: c.update(architecture="parts.bundle"), "'parts.bundle', a module outside"),
         (lambda c: c["metrics"].update(miou=float("nan")), "NaN"),
     ],
 )
@@ -187,7 +187,7 @@ def test_what_is_no_card_is_refused(card):
 
 
 def test_weights_of_another_net_are_refused(saved):
-    other = models.build("latent_attention", **{**TINY, "features": 16})
+    other = models.build("latent_attention", **{**TINY, "size": "s"})
     weights = tensors.save({k: v.contiguous() for k, v in other.state_dict().items()})
     card, _ = edited(saved, lambda c: c.update(weights_sha256=hashlib.sha256(weights).hexdigest()))
 
@@ -208,3 +208,57 @@ def test_a_card_about_another_model_is_not_saved(tmp_path, model):
         models.save_bundle(tmp_path / "never", model, card_of(model, stride=8))
 
     assert not (tmp_path / "never").exists()
+
+
+# -- what only classifiers have ------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    from tests.bundles import tiny_classifier
+
+    return tiny_classifier(tmp_path / "classifier", resize=(40, 24))
+
+
+def test_a_classifiers_card_says_so_and_at_which_size_it_reads(classifier):
+    card = json.loads((classifier / "model.json").read_text())
+    model, bundle = models.load_bundle(classifier)
+
+    assert (card["task"], card["input"]["resize"]) == ("classify", [40, 24])
+    assert (bundle.task, bundle.input.resize, model.task) == ("classify", (40, 24), "classify")
+    assert bundle.to_json() == (classifier / "model.json").read_bytes()
+
+
+def test_a_card_from_before_there_were_classifiers_keeps_its_name(saved):
+    written = (saved / "model.json").read_bytes()
+    _, bundle = models.load_bundle(saved)
+    spelled_out, _ = edited(
+        saved, lambda c: (c.update(task="segment"), c["input"].update(resize=None))
+    )
+
+    assert b"task" not in written
+    assert b"resize" not in written
+    assert bundle.sha256 == hashlib.sha256(written).hexdigest()
+    assert models.Bundle.from_json(spelled_out) == bundle
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(task="clasify"), "no task 'clasify'; did you mean 'classify'"),
+        (lambda c: c.update(task=None), "task must be of type str"),
+        (lambda c: (c.pop("task"), c["input"].pop("resize")), "task is 'segment', the model has"),
+        (lambda c: c.pop("task"), "is for classifiers, this task is segment"),
+        (lambda c: c["input"].update(resize=[40]), "input.resize must hold 2 numbers"),
+        (lambda c: c["input"].update(resize=[40, 0]), "1 or more each"),
+        (lambda c: c["input"].update(resize=[40, 24.5]), "input.resize must be of type int"),
+    ],
+)
+def test_a_classifiers_card_that_cannot_be_trusted_is_refused(classifier, edit, message):
+    with pytest.raises(ValueError, match=message):
+        models.load_bundle_bytes(*edited(classifier, edit))
+
+
+def test_a_segmenter_is_not_saved_as_a_classifier(tmp_path, model):
+    with pytest.raises(ValueError, match="task is 'classify', the model has 'segment'"):
+        models.save_bundle(tmp_path / "never", model, card_of(model, task="classify"))

@@ -47,7 +47,7 @@ def test_the_card_says_what_it_is_and_how_good(demo):
         ("fluorescence-small.png", 0.15, 0.30),
         ("fluorescence-dense.png", 0.20, 0.35),
         ("histology.png", 0.20, 0.50),
-        ("histology-held-sideways.jpg", 0.12, 0.35),
+        ("histology-held-sideways.jpg", 0.12, 0.40),
     ],
 )
 def test_it_finds_about_as_much_nucleus_as_people_did(demo, name, low, high):

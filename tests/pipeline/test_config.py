@@ -88,6 +88,7 @@ BOUND = {
     "source": "/other", "include": ["*.jpg"], "exclude": ["*.png"], "format": "files",
     "layout": "stacked", "confidence": True, "slot_bytes": 65536, "fragment": {"images": 3},
     "decode": {"max_pixels": 7}, "tile": {"size": 64}, "batch": {"pixels": 9},
+    "architecture": "acme.nets.unet", "inference": {"precision": "bf16"},
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 
 from pipeline import infer
 from pipeline.batch import pack
+from pipeline.config import Inference
 from pipeline.errors import RunRefused
 from pipeline.infer import Segmenter, upsampled
 from pipeline.records import Pixels, PlannedImage
@@ -55,7 +56,7 @@ def pictures(nodata=False) -> list[Picture]:
 
 
 def answers(segmenter, chosen, budget, confidence=True) -> dict[int, object]:
-    batches = pack(cut(chosen, GRID), budget, 10**9, segmenter.stride)
+    batches = pack(cut(chosen, GRID), budget, 10**9, segmenter.model.stride)
     return {a.tile.picture.plan.image_id: a.rows for a in segmenter.predict(batches, confidence)}
 
 
@@ -320,8 +321,8 @@ def test_a_tiled_picture_equals_the_untiled_one_where_the_field_is_finite(tiny_b
             for name in ("labels_HW", "confidence_HW")
         )
 
-    labels, sure = mask(Grid(96, 48, 4, taper, made.receptive_field, 4))
-    whole_labels, whole_sure = mask(Grid(400, 48, 4, taper, made.receptive_field, 4))
+    labels, sure = mask(Grid(96, 48, 4, taper, made.model.receptive_field, 4))
+    whole_labels, whole_sure = mask(Grid(400, 48, 4, taper, made.model.receptive_field, 4))
 
     assert 0.05 < (whole_labels[~holes] == 1).mean() < 0.95
     assert (labels != whole_labels).mean() < 1e-4  # averages of equal scores may round
@@ -343,3 +344,23 @@ def test_a_bundle_that_is_none_is_refused(tiny_bundle):
 def test_a_gpu_that_is_not_there_is_refused_with_the_way_out(tiny_bundle):
     with pytest.raises(RunRefused, match="use auto or cpu"):
         Segmenter(*files_of(tiny_bundle), "cuda")
+
+
+def test_half_precision_changes_few_labels(tiny_bundle, segmenter):
+    half = Segmenter(*files_of(tiny_bundle), "cpu", inference=Inference(precision="bf16"))
+    chosen = [picture(90, 120, 3), picture(150, 150, 4)]
+
+    exact, found = (answers(made, chosen, 2**16) for made in (segmenter, half))
+
+    assert half.model.head.weight.dtype == torch.bfloat16
+    for image_id, rows in exact.items():
+        differ = (rows.labels_HW != found[image_id].labels_HW).mean()
+        assert differ < 0.05
+        assert np.abs(rows.confidence_HW.astype(int) - found[image_id].confidence_HW).mean() < 8
+
+
+def test_a_model_that_torch_does_not_run_is_not_compiled(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("models.latent_attention.FoldedPlus.compiles", False, raising=False)
+
+    with pytest.raises(RunRefused, match="latent_attention is not run by torch; drop it"):
+        Segmenter(*files_of(tiny_bundle), "cpu", inference=Inference(compile=True))

@@ -80,7 +80,7 @@ class OnRay:
         self._where, self._local = where, where == "local"
         self._connected = False
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         """Reach the cluster, or start one: as late as possible, so that a refusal costs nothing."""
         if self._connected:
             return
@@ -122,21 +122,22 @@ class OnRay:
         config: SegmentConfig,
     ) -> Found:
         """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
-        self._connect()
-        probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self._gpus)
+        self.connect()
+        probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self.gpus)
         return Found(**_waited(probe.remote(bundle, config.model_dump_json())))
 
     @property
-    def _gpus(self) -> int:
+    def gpus(self) -> int:
+        """GPUs that a worker has: one where there are any and they are wanted."""
         if self._compute.device == "cpu":
             return 0
         return 1 if self._compute.device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `pipeline.place.Place.run`."""
-        self._connect()
+        self.connect()
         todo = list(tasks)
-        about = (run_uri, self._compute.model_dump_json(), _settings())
+        about = (run_uri, self._compute.model_dump_json(), forwarded())
         _same_folder_everywhere(run_uri)
         _tune(self._compute)
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
@@ -147,7 +148,7 @@ class OnRay:
             _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
         )
         legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
-        with _in_our_words():
+        with in_our_words():
             batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
             for batch in cast("Iterable[pa.Table]", batches):
                 for row in batch.to_pylist():
@@ -161,8 +162,8 @@ class OnRay:
 
         An item whose worker is lost is done again: by another, or by the same one made anew.
         """
-        self._connect()
-        gpus, alive = self._gpus, self._alive()
+        self.connect()
+        gpus, alive = self.gpus, self.alive()
         count = self._wanted(alive)
         worker = ray.remote(_Worker).options(
             num_cpus=_share(alive, count),
@@ -172,8 +173,8 @@ class OnRay:
             max_task_retries=-1,
         )
         made = ray.put(make)
-        actors = [worker.remote(made, _settings()) for _ in range(min(count, len(items)))]
-        with _in_our_words():
+        actors = [worker.remote(made, forwarded()) for _ in range(min(count, len(items)))]
+        with in_our_words():
             pool = ActorPool(actors * (GPU_THREADS if gpus else 1))
             for item in items:
                 pool.submit(lambda actor, one: actor.work.remote(one), item)
@@ -181,18 +182,18 @@ class OnRay:
                 yield cast("Out", pool.get_next_unordered(self._compute.no_progress_s))
 
     @staticmethod
-    def _alive() -> list[dict[str, float]]:
+    def alive() -> list[dict[str, float]]:
         """What each node that is there has."""
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
     def _wanted(self, alive: list[dict[str, float]]) -> int:
         """Workers: as many as asked for, else one per GPU, else one per core."""
-        total = sum(node.get("GPU" if self._gpus else "CPU", 0) for node in alive)
+        total = sum(node.get("GPU" if self.gpus else "CPU", 0) for node in alive)
         return self._compute.workers or max(1, int(total))
 
     def _actors(self, fragments: int) -> dict[str, Any]:
         """Actor pool and resources of the segment leg."""
-        gpus, alive = self._gpus, self._alive()
+        gpus, alive = self.gpus, self.alive()
         wanted = self._wanted(alive)
         if self._local or not _autoscaling():
             size = max(1, min(wanted, fragments))
@@ -266,7 +267,7 @@ def _waited(reference: Any) -> Any:  # noqa: ANN401 - whatever the task returned
 
 
 @contextlib.contextmanager
-def _in_our_words() -> Iterator[None]:
+def in_our_words() -> Iterator[None]:
     """Ray's errors as ours."""
     try:
         yield
@@ -279,9 +280,14 @@ def _in_our_words() -> Iterator[None]:
         raise _translated(error) from error
 
 
-def _settings() -> str:
+def forwarded() -> str:
     """What workers must know of this environment, as JSON."""
     return json.dumps({name: os.environ[name] for name in FORWARDED if name in os.environ})
+
+
+def with_settings(settings: str) -> None:
+    """Let this process find the store that the driver found."""
+    os.environ.update(json.loads(settings))
 
 
 def _translated(error: BaseException) -> Exception:
@@ -314,7 +320,7 @@ def _probe(bundle: tuple[bytes, bytes], config: str) -> dict[str, Any]:
 @lru_cache(maxsize=2)
 def _line(run_uri: str, compute: str, settings: str) -> Line:
     """The run's line in this worker process: built here, so that no credentials travel."""
-    os.environ.update(json.loads(settings))
+    with_settings(settings)
     return Line.open(run_uri, Compute.model_validate_json(compute))
 
 
@@ -391,7 +397,7 @@ class _Worker:
     """An actor that makes something of items (`OnRay.each`)."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], settings: str) -> None:
-        os.environ.update(json.loads(settings))
+        with_settings(settings)
         self._work = make()
 
     def work(self, item: Any) -> Any:  # noqa: ANN401 - whatever it is

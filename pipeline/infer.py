@@ -55,7 +55,7 @@ class Segmenter:
             model, self.bundle = load_bundle_bytes(model_json, weights, architecture)
         except ValueError as error:
             raise RunRefused(f"the model bundle cannot be used: {error}") from error
-        self.device = torch.device(_device(device))
+        self.device = torch.device(device_of(device))
         if self.device.type == "cpu":
             keep_freed_memory()
             few_primitives()
@@ -366,7 +366,12 @@ def _luma(values_HWC: Array) -> Array:
     return (values_HWC @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """`cpu` or `cuda`, for what was asked.
+
+    Raises:
+        RunRefused: cuda was asked for and is not here.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RunRefused(
             "--compute.device cuda: torch sees no GPU here; "

@@ -11,7 +11,7 @@ Shapes: H, W of the upright picture; C channels.
 import hashlib
 import io
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,8 +187,16 @@ class LabelledSet:
     loader: Loader
     name: str
     """What was opened, for people."""
-    sha256: str | None = None
-    """Of keys, bytes of pictures and masks, and splits (`check`); None: not checked yet."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """By key, what the set's hash is made of; empty: not checked yet."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Of keys, bytes of pictures and masks, and splits (`check`); None: not checked yet."""
+        if not self.lines:
+            return None
+        text = "".join(self.lines[key] for key in sorted(item.key for item in self.items))
+        return _digest(text.encode("utf-8", "surrogateescape"))
 
     def load(self, item: LabelledItem) -> tuple[Array, Array]:
         """See `Loader.load`."""
@@ -201,7 +209,7 @@ class LabelledSet:
         return dict(sorted(counts.items()))
 
     def only(self, split: str) -> "LabelledSet":
-        """The pictures of a split: a set of its own, not checked.
+        """The pictures of a split: a set of its own.
 
         Raises:
             RunRefused: if there is no such split.
@@ -212,8 +220,8 @@ class LabelledSet:
         return self.among(item for item in self.items if item.split == split)
 
     def among(self, items: Iterable[LabelledItem]) -> "LabelledSet":
-        """Some of the pictures: a set of its own, not checked."""
-        return replace(self, items=tuple(items), sha256=None)
+        """Some of the pictures: a set of its own, checked if this one is."""
+        return replace(self, items=tuple(items))
 
 
 def open_labelled(
@@ -310,16 +318,15 @@ def check(labelled: LabelledSet, threads: int = THREADS) -> LabelledSet:
         RunRefused: naming masks that are none, hold what is no class, or are of another size than
             their upright picture.
     """
-    problems, lines = Problems(), list[tuple[str, str]]()
+    problems, lines = Problems(), dict[str, str]()
     parts = fragments(labelled.items)
     for seen in in_order(lambda items: _look(labelled.loader, items), parts, threads):
         for one in seen:
-            lines.append((one.key, one.line))
+            lines[one.key] = one.line
             if one.trouble is not None:
                 problems.add(*one.trouble)
     problems.refuse(labelled.name, f" (masks hold {labelled.ontology.shown()})")
-    text = "".join(line for _, line in sorted(lines))
-    return replace(labelled, sha256=_digest(text.encode("utf-8", "surrogateescape")))
+    return replace(labelled, lines=lines)
 
 
 def _look(loader: Loader, items: Sequence[LabelledItem]) -> list[_Seen]:

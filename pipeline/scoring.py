@@ -31,6 +31,7 @@ from pipeline.measure import RejectedImage
 from pipeline.pictures import decoded
 from pipeline.place import Found
 from pipeline.records import Array, EncodedImage, Receipt, Verdict
+from pipeline.rejections import REJECTED
 from pipeline.run import load, masked
 from pipeline.scoretable import BOUNDARY, EVALUATION
 from pipeline.storage import open_store
@@ -40,16 +41,6 @@ SLOT = 2**22  # nothing is stored; pictures only must not count as too large for
 
 ROWS = pa.schema([*EVALUATION, *BOUNDARY, pa.field("miou", pa.float64())])
 """What the gate reads, borders, and the mean IoU of the classes that are labelled in the image."""
-
-REJECTED = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("station", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-    ]
-)
-"""One row per picture that could not be answered."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,6 +71,7 @@ class Fit:
         *,
         pictures: int | None = None,
         rank: int = 0,
+        parts: int | None = None,
         total: Total | None = None,
     ) -> None:
         """Ready for step 1.
@@ -80,6 +81,7 @@ class Fit:
             recipe: how to train; class weights as numbers.
             pictures: how many an epoch has, of all workers; needed where the recipe has epochs.
             rank: which worker this is: each drops out other values.
+            parts: that this worker's share of a step comes in; default: `Recipe.accumulate`.
             total: adds up over all workers; needed where there are several.
         """
         self.model = model
@@ -90,6 +92,7 @@ class Fit:
         elif self.net is not model and total is None:
             raise ValueError("workers that share a step need total=, a sum over all of them")
         self.recipe, self.rank = recipe, rank
+        self.parts = parts or recipe.accumulate
         self.total = total or (lambda of_one: of_one)
         self.epoch = _epoch(recipe, pictures)
         self.length = recipe.length * (self.epoch if recipe.unit == "epochs" else 1)
@@ -112,7 +115,7 @@ class Fit:
         """Train until the batches of a worker end, or the recipe does.
 
         Args:
-            batches: each of `Recipe.part` pictures; `Recipe.accumulate` of them make a step.
+            batches: of equal numbers of pictures; `parts` of them make a step of this worker.
 
         Raises:
             Diverged: loss or gradient is no number; the model is back at its last good state.
@@ -121,7 +124,7 @@ class Fit:
         while not self.over:
             parts = [
                 (x.to(self.device, non_blocking=True), labels.to(self.device, torch.int64))
-                for x, labels in islice(ready, self.recipe.accumulate)
+                for x, labels in islice(ready, self.parts)
             ]
             workers, with_parts, counts_2 = self._whole(parts)
             if with_parts < workers:

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import StorageError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +62,8 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens if it is not there."""
+        ...
+
+    def arrow(self) -> tuple["FileSystem", str]:
+        """The root for those who speak Arrow's file systems (Ray Train), and its path there."""
         ...

@@ -6,11 +6,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pipeline.errors import RunRefused, StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.keys import printable
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 class LocalStore:
@@ -22,6 +25,12 @@ class LocalStore:
 
     def _at(self, path: str) -> Path:
         return self.root / path if path else self.root
+
+    def arrow(self) -> "tuple[FileSystem, str]":
+        """See `Store.arrow`."""
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), self.uri
 
     def list(self, prefix: str = "") -> Iterator[Found]:
         """See `Store.list`. Links to files inside the root are followed, all others are not."""

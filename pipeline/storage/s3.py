@@ -7,11 +7,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.errors import StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.keys import printable
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 T = TypeVar("T")
 
@@ -30,6 +33,17 @@ class S3Store:
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
+
+    def arrow(self) -> "tuple[FileSystem, str]":
+        """See `Store.arrow`. Holds endpoint and region, never who we are."""
+        from pyarrow.fs import S3FileSystem
+
+        endpoint, region = _connection().place()
+        path = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
+        if ".amazonaws." in endpoint:
+            return S3FileSystem(region=region), path
+        scheme, _, host = endpoint.partition("://")
+        return S3FileSystem(endpoint_override=host, scheme=scheme, region=region), path
 
     def list(self, prefix: str = "") -> Iterator[Found]:
         """See `Store.list`."""
@@ -194,6 +208,11 @@ class _Connection:
                 "retries": {"mode": "standard", "total_max_attempts": 1},
             },
         )
+
+    def place(self) -> tuple[str, str]:
+        """Endpoint and region, as botocore found them."""
+        client: Any = self._sync(self._files.loop, self._files.set_session)
+        return client.meta.endpoint_url, client.meta.region_name
 
     async def call(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401 - botocore's
         """One request, no retries: those are `_patiently`'s, which knows what was asked."""

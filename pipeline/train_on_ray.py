@@ -1,0 +1,214 @@
+"""A training shared by the workers of a Ray cluster: Ray Train around `training.work`.
+
+Ray Data makes the parts of the steps wherever there are CPUs: a row is a part, decoded, cut and
+coloured (trainset.py), and rows come in the order of the steps, as many to each worker. Ray Train
+starts the workers, notices when one is lost, and starts them again, as many as there is room for;
+then the data set is made anew from the furthest whole checkpoint. Which worker gets which part does
+not matter: gradients are summed over all parts of a step.
+"""
+
+# Ray Data types a leg as a function of one batch, though `fn_args` gives it more.
+# pyright: reportArgumentType=false
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from pipeline.checkpoints import KEPT, Checkpoints
+from pipeline.cluster import OnRay, forwarded, in_our_words, with_settings
+from pipeline.errors import RunRefused, RunUnfinished
+from pipeline.storage import open_store
+from pipeline.telling import Progress
+from pipeline.training import Team, Work, steps_of, work
+from pipeline.trainset import Part
+
+# Worker groups of a few CPUs start in seconds; Ray would wait 30 s longer for what never comes.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+
+import numpy as np
+import ray
+import ray.data as rd
+import ray.train
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+PART_CPUS = 0.25  # decoding and augmenting; a worker's threads take what is left
+LOST = 100  # workers or nodes lost before it gives up; each costs the steps since a checkpoint
+RESIZE_S = 60  # between two looks for room for more workers
+BLOCKS = 10_000  # tasks that the rest of a training is cut into, at most
+
+
+class TrainOnRay(OnRay):
+    """A Ray cluster as the place of a training, and of the looks at what came of it."""
+
+    def train(self, job: Work, most: int, least: int) -> str | None:
+        """See `pipeline.train.Trainers.train`."""
+        self.connect()
+        gpus = self.gpus
+        held = {"CPU": self._cpus(most)} | ({"GPU": 1} if gpus else {})
+        self._refuse_no_room(held, least)
+        folder, _, training = job.uri.rpartition("/")
+        filesystem, path = open_store(f"{folder}/{training}").arrow()
+        options = rd.ExecutionOptions(preserve_order=True)
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job, "settings": forwarded(), "cuda": bool(gpus)},
+            datasets={"parts": functools.partial(_parts, job, forwarded())},
+            dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=most if most == least else (least, most),
+                use_gpu=bool(gpus),
+                resources_per_worker=held,
+                elastic_resize_monitor_interval_s=RESIZE_S,
+            ),
+            run_config=RunConfig(
+                name=job.call,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=LOST),
+                checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+            ),
+        )
+        with in_our_words():
+            try:
+                result = trainer.fit()
+            except TrainingFailedError as error:
+                raise RunUnfinished(f"{error}; run the same command again") from error
+        return (result.metrics or {}).get("refused")
+
+    def _cpus(self, workers: int) -> float:
+        """CPUs a worker holds: half of them all, shared, so that parts are made beside it."""
+        total = sum(node.get("CPU", 0.0) for node in self.alive())
+        return max(0.25, int(2 * total / workers) / 4)
+
+    def _refuse_no_room(self, held: dict[str, float], least: int) -> None:
+        room = sum(
+            int(min(node.get(name, 0.0) / wanted for name, wanted in held.items()))
+            for node in self.alive()
+        )
+        if room < least:
+            raise RunRefused(
+                f"the cluster has room for {room} workers of {held}, {least} are needed; "
+                "lower --workers, or add nodes"
+            )
+
+
+# ------------------------------------------------------------------------------------ the parts
+
+
+def _parts(job: Work, settings: str) -> rd.Dataset:
+    """All parts of the steps that are left; called anew whenever workers start."""
+    with_settings(settings)
+    state = Checkpoints(job.uri, job.call).newest()
+    begin = 0 if state is None else state.done
+    steps = max(1, steps_of(job.train.recipe, len(job.train.items)) - begin)
+    # A step of each task is enough; more would only make the cluster's books longer.
+    rows = rd.range(steps, override_num_blocks=min(steps, BLOCKS))
+    rows.context.target_max_block_size = 1  # a part is a block: so each worker gets its own
+    return rows.map_batches(
+        _made,
+        fn_args=(ray.put(job), begin, settings),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=PART_CPUS,
+    )
+
+
+def _made(
+    row: dict[str, Any],
+    reference: Any,  # noqa: ANN401 - an ObjectRef
+    begin: int,
+    settings: str,
+) -> Iterator[dict[str, Any]]:
+    with_settings(settings)
+    job = _held(reference)
+    step = begin + int(row["id"][0])
+    for slot in range(job.parts):
+        part = job.train.part(step, slot, job.parts)
+        yield {
+            "step": np.array([part.step]),
+            "pixels": part.pixels_BhwC[None],
+            "labels": part.labels_Bhw[None],
+            "rejected": np.array(["\x1f".join("\x1e".join(one) for one in part.rejected)]),
+        }
+
+
+@functools.lru_cache(maxsize=2)
+def _held(reference: Any) -> Work:  # noqa: ANN401 - an ObjectRef
+    """A job, unpacked once in every process."""
+    return reference if isinstance(reference, Work) else ray.get(reference)
+
+
+def _feed(begin: int) -> Iterator[Part]:  # noqa: ARG001 - `_parts` begins at the same checkpoint
+    shard = cast("rd.DataIterator", ray.train.get_dataset_shard("parts"))
+    batches = shard.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2)
+    for batch in cast("Iterator[dict[str, Any]]", batches):
+        told = str(batch["rejected"][0])
+        rejected = tuple(tuple(one.split("\x1e")) for one in told.split("\x1f") if one)
+        yield Part(int(batch["step"][0]), batch["pixels"][0], batch["labels"][0], rejected)
+
+
+# ---------------------------------------------------------------------------------- the workers
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker."""
+    job, cuda = config["job"], config["cuda"]
+    with_settings(config["settings"])
+    refusal = work(job, _team(cuda=cuda), _feed, _report(job))
+    ray.train.report({"refused": refusal})
+
+
+def _team(*, cuda: bool) -> Team:
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    context = ray.train.get_context()
+
+    def total(value: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(value)
+        return value
+
+    def wrap(net: torch.nn.Module) -> torch.nn.Module:
+        if context.get_world_size() == 1:
+            return net
+        return DistributedDataParallel(net, find_unused_parameters=True)
+
+    size = context.get_world_size()
+    return Team(
+        rank=context.get_world_rank(),
+        size=size,
+        beside=context.get_local_world_size(),
+        device=str(get_device()) if cuda else "cpu",
+        wrap=wrap,
+        **({"total": total} if size > 1 else {}),
+    )
+
+
+def _report(job: Work) -> Callable[[Progress, str | None], None]:
+    """Tell Ray Train, and whoever watches it, how far it is."""
+
+    def report(progress: Progress, folder: str | None) -> None:
+        checkpoint = None
+        if folder:  # of the first worker; it is on storage already
+            filesystem, path = open_store(f"{job.uri}/{folder}").arrow()
+            checkpoint = Checkpoint(path, filesystem)
+        ray.train.report(
+            {"step": progress.step, "loss": progress.loss, "miou": progress.miou},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    return report

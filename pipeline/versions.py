@@ -14,7 +14,7 @@ from pipeline.errors import RunRefused
 from pipeline.keys import printable
 from pipeline.storage import open_store
 
-RESERVED = ("aliases", "decisions")
+RESERVED = ("aliases", "decisions", "trainings", "retrainings")
 NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 NUMBER = re.compile(r"v([0-9]{4}|[1-9][0-9]{4,8})")
 

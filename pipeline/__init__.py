@@ -6,6 +6,12 @@ classify is the short way, for models that answer with one class per picture.
 archive puts a whole call together, create founds a run, here and cluster are the places it runs,
 careful finds an image that kills, reader opens what was made. records, config, errors, keys, kinds,
 layout and line are the nouns they share; storage is where bytes lie.
+
+How a model gets there: labels (pairing, ontology, splits) reads labelled pictures, evaluate and
+scoring measure a model on them; train (train_config, training_plan) has training do the steps, over
+a trainset, with checkpoints and a history, here or in train_on_ray; registry (versions) keeps what
+came of it, gate (promotion, decision) says whether it may replace the champion, retrain is a whole
+round. schedule, scheduler, timetable, lease, submission and children run any command in time.
 """
 
 from typing import TYPE_CHECKING

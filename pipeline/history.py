@@ -64,10 +64,10 @@ def kept(store: Store, until: int | None = None) -> list[Row]:
     """The rows of all steps, up to one of them."""
     rows: dict[int, Row] = {}
     try:
-        found = sorted(each.path for each in store.list(FOLDER))
+        found = sorted(store.list(FOLDER), key=lambda each: (each.mtime, each.path))
     except StorageMissing:
         found = []
-    for path in found:
+    for path in (each.path for each in found):
         if re.fullmatch(rf"{FOLDER}/\d{{9}}-\d{{9}}\.json", path):
             rows |= {said["step"]: Row(**said) for said in json.loads(store.read(path))}
     return [rows[step] for step in sorted(rows) if until is None or step <= until]
@@ -111,8 +111,8 @@ def _chart(name: str, x: Array, y: Array, last: float) -> Image.Image:
     width, height = SIZE[0] - LEFT - RIGHT, SIZE[1] - TOP - BOTTOM
     good = np.isfinite(y)
     x, y = x[good], y[good]
-    low, high = (float(y.min()), float(y.max())) if y.size else (0.0, 1.0)
-    low, high = (min(low, 0.0), high or 1.0) if low < high else (low - 0.5, high + 0.5)
+    low, high = float(y.min(initial=0.0)), float(y.max(initial=0.0))
+    high = high if low < high else 1.0
     for tick in np.linspace(low, high, 5):
         level = TOP + height * (1 - (tick - low) / (high - low))
         pen.line((LEFT, level, LEFT + width, level), GRID)

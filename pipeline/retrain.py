@@ -1,6 +1,7 @@
 """One round of retraining: new labels in, a proven champion out, or a reason why not.
 
     retrainings/ID/begun.json      champion, data and recipe of the round
+    retrainings/ID/labels.parquet  every label there was
     retrainings/ID/canaries/…      runs of both models over unlabelled pictures
     retrainings/ID/record.json     written last: what came of it; record.md for people
 
@@ -10,6 +11,7 @@ Each step looks first whether it is done: trained (train.py), evaluated (tables 
 versions), decided (gate.py), written down.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+import pyarrow as pa
 import tyro
 from pydantic import ConfigDict, Field
 
@@ -36,8 +39,8 @@ from pipeline.ledger import now
 from pipeline.place import Place
 from pipeline.registry import CHAMPION, Registry
 from pipeline.storage import Store, open_store
-from pipeline.tables import read_table
-from pipeline.train import Trainers, digest_of, train
+from pipeline.tables import read_table, write_table
+from pipeline.train import DATA, Trainers, digest_of, train
 from pipeline.train_config import TrainConfig, Training
 from pipeline.training_plan import opened
 from pipeline.versions import Version
@@ -46,6 +49,7 @@ log = logging.getLogger("maskfleet")
 
 SALT = "evaluation"
 TEST = "test"
+LABELS = "labels.parquet"
 
 
 class RetrainConfig(Training):
@@ -164,13 +168,15 @@ def _news(registry: Registry, champion: Version, learnable: LabelledSet) -> list
 
 
 def _used(registry: Registry, version: Version) -> dict[str, str]:
-    """The pictures that a version's training knew of: key, and hash of picture and mask."""
-    try:
-        data = registry.store.read(f"trainings/{version.training}/data.parquet")
-    except StorageMissing:  # published by hand
-        return {}
-    table = read_table(data)
-    return dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+    """The labels that there were when a version was trained: key, and hash of picture and mask."""
+    for place in (
+        f"retrainings/{version.training}/{LABELS}",
+        f"trainings/{version.training}/{DATA}",
+    ):
+        with contextlib.suppress(StorageMissing):
+            table = read_table(registry.store.read(place))
+            return dict(zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+    return {}  # published by hand
 
 
 # --------------------------------------------------------------------------------------- the steps
@@ -198,6 +204,9 @@ def _begin(
         "labels_sha256": labelled.sha256,
         "champion": champion.path if champion else None,
     }
+    keys = [item.key for item in labelled.items]
+    digests = [digest_of(labelled, item) for item in labelled.items]
+    store.replace(LABELS, write_table(pa.table({"key": keys, "sha256": digests})))
     store.create("begun.json", json.dumps(said, indent=1).encode() + b"\n")
 
 

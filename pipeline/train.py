@@ -53,6 +53,7 @@ from pipeline.versions import Origin, Version, checked_name, code_version
 log = logging.getLogger("maskfleet")
 
 CANDIDATE = "candidate"
+DATA = "data.parquet"
 
 
 class Trainers(Workers, Protocol):
@@ -102,7 +103,7 @@ def train(
         return Trained(over, store.uri, fresh=False)
     record = _record(store, identity, lambda: balanced(recipe, learnt))
     recipe = Recipe.from_json(record["recipe"])
-    store.replace("data.parquet", write_table(_used(labelled, learnt, look)))
+    store.replace(DATA, write_table(_used(labelled, learnt, look)))
     job = job_of(config, store, start, learnt, look, recipe)
     _train(job, store, config, trainers)
     version = _publish(config, registry, store, training, job, labelled.among(look.items), trainers)

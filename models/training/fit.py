@@ -147,23 +147,32 @@ class Fit:
         rate = self.recipe.rate.at(self.done, self.length, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        with self._own_draws():
-            for i, (x, labels) in enumerate(parts, start=1):
-                with self._gradients_shared(now=i == len(parts)):
-                    share = self._share(x, labels, counts_2)
-                    (workers * share).backward()  # gradients of workers are averaged, not summed
-                loss += share.detach()
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm or math.inf)
-        moment = Moment(self.done + 1, self.total(loss).item(), rate, norm.item())
-        if not (math.isfinite(moment.loss) and math.isfinite(moment.gradient_norm)):
+        moment = self._gradients(parts, workers, counts_2, rate, bf16=self.recipe.bf16)
+        if self.recipe.bf16 and math.isfinite(moment.loss) and not _finite(moment):
+            # Seen on CPUs: a backward pass in bfloat16 that is NaN once and not the next time.
+            moment = self._gradients(parts, workers, counts_2, rate, bf16=False)
+        if not _finite(moment):
             self._give_up(moment)
         self._good = before
         self.optimizer.step()
         self.done += 1
         self._remember()
         return moment
+
+    def _gradients(
+        self, parts: Sequence[Batch], workers: int, counts_2: Tensor, rate: float, *, bf16: bool
+    ) -> Moment:
+        """Gradients of all parts of all workers, clipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        with self._own_draws():
+            for i, (x, labels) in enumerate(parts, start=1):
+                with self._gradients_shared(now=i == len(parts)):
+                    share = self._share(x, labels, counts_2, bf16=bf16)
+                    (workers * share).backward()  # gradients of workers are averaged, not summed
+                loss += share.detach()
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm or math.inf)
+        return Moment(self.done + 1, self.total(loss).item(), rate, norm.item())
 
     def _into_training(self) -> None:
         self.model.train()
@@ -185,10 +194,10 @@ class Fit:
             return self.model.no_sync()
         return nullcontext()
 
-    def _share(self, x: Tensor, labels: Tensor, counts_2: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+    def _share(self, x: Tensor, labels: Tensor, counts_2: Tensor, *, bf16: bool) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             logits = self.model(x)
-        return self.loss(logits.float() if self.recipe.bf16 else logits, labels, counts_2)
+        return self.loss(logits.float() if bf16 else logits, labels, counts_2)
 
     def _remember(self) -> None:
         """Move the running mean towards the present weights."""
@@ -303,6 +312,10 @@ def _epoch(recipe: Recipe, pictures: int | None) -> int:
     if pictures < 1:
         raise ValueError(f"an epoch needs pictures, it has {pictures}")
     return -(-pictures // recipe.batch)
+
+
+def _finite(moment: Moment) -> bool:
+    return math.isfinite(moment.loss) and math.isfinite(moment.gradient_norm)
 
 
 def _copied(values: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:

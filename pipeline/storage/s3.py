@@ -35,15 +35,18 @@ class S3Store:
         return f"{self.prefix}/{path}" if self.prefix else path
 
     def arrow(self) -> "tuple[FileSystem, str]":
-        """See `Store.arrow`. Holds endpoint and region, never who we are."""
-        from pyarrow.fs import S3FileSystem
+        """See `Store.arrow`. Holds endpoint and region, never who we are.
+
+        Arrow's own client sends bodies in chunks without a length, which Ceph refuses (411).
+        """
+        import s3fs
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         endpoint, region = _connection().place()
+        where = {"endpoint_url": endpoint, "region_name": region}
+        files = s3fs.S3FileSystem(use_listings_cache=False, client_kwargs=where)
         path = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
-        if ".amazonaws." in endpoint:
-            return S3FileSystem(region=region), path
-        scheme, _, host = endpoint.partition("://")
-        return S3FileSystem(endpoint_override=host, scheme=scheme, region=region), path
+        return PyFileSystem(FSSpecHandler(files)), path
 
     def list(self, prefix: str = "") -> Iterator[Found]:
         """See `Store.list`."""

@@ -56,14 +56,14 @@ def _text(config: RetrainConfig, done: Round) -> str:
         return (
             f"nothing new: {record['champion']} has learnt from these labels; see {done.folder}\n"
         )
-    against = f"against {record['champion']}" if record["champion"] else "the first"
+    against = f" against {record['champion']}" if record["champion"] else ", the first"
     before = record["champion_miou"]
     figures = f"{100 * record['candidate_miou']:.1f} % mIoU" + (
         f", {100 * before:.1f} % before" if before is not None else ""
     )
     again = "" if done.fresh else " (decided before; nothing was done)"
     return (
-        f"{record['candidate']} {against}: {record['verdict']}, {figures} on "
+        f"{record['candidate']}{against}: {record['verdict']}, {figures} on "
         f"{record['deciding']} pictures{again}\nwritten down in {done.folder}/record.md\n"
     )
 

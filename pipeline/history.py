@@ -123,12 +123,14 @@ def _chart(name: str, x: Array, y: Array, last: float) -> Image.Image:
     points_P2 = np.stack(
         [LEFT + width * x / max(last, 1), TOP + height * (1 - (y - low) / (high - low))], axis=1
     )
+    few = len(points_P2) <= 2 * SMOOTHED
     if len(points_P2) > 1:
-        pen.line([tuple(p) for p in points_P2.tolist()], _pale(LINE), 1)
-        pen.line([tuple(p) for p in _smoothed(points_P2).tolist()], LINE, 2)
-    if len(points_P2) <= 2 * SMOOTHED:
+        pen.line([tuple(p) for p in points_P2.tolist()], LINE if few else _pale(LINE), 1)
+    if few:
         for px, py in points_P2.tolist():
             pen.ellipse((px - 2, py - 2, px + 2, py + 2), fill=MARK)
+    else:
+        pen.line([tuple(p) for p in _smoothed(points_P2).tolist()], LINE, 2)
     return image
 
 

@@ -37,12 +37,12 @@ from pipeline.keys import printable
 from pipeline.labels import LabelledItem, LabelledSet, hashed_share
 from pipeline.ledger import now
 from pipeline.place import Place
-from pipeline.registry import CHAMPION, Registry
+from pipeline.registry import CHAMPION, AliasMoved, Registry
 from pipeline.storage import Store, open_store
 from pipeline.tables import read_table, write_table
 from pipeline.train import DATA, Trainers, digest_of, train
 from pipeline.train_config import TrainConfig, Training
-from pipeline.training_plan import opened
+from pipeline.training_plan import opened, recipe_text
 from pipeline.versions import Version
 
 log = logging.getLogger("maskfleet")
@@ -106,9 +106,10 @@ def retrain(config: RetrainConfig, place: Place, cluster: Cluster | None = None)
     registry = Registry.found(open_store(config.out))
     labelled = opened(config)
     deciding, learnable = _divided(config, labelled)
+    _refuse_rules(config, labelled)
     champion = _champion(config, registry)
     if champion is not None and not _news(registry, champion, learnable):
-        return _nothing_new(registry, champion)
+        return _nothing_new(config, registry, labelled, deciding, champion)
     name = _id(config, labelled, champion)
     store = open_store(f"{registry.store.uri}/retrainings/{name}")
     if (record := _recorded(store)) is not None:
@@ -122,10 +123,27 @@ def retrain(config: RetrainConfig, place: Place, cluster: Cluster | None = None)
     if config.canaries is not None and champion is not None:
         look = _with_canaries(config, look, champion, candidate, store, place)
     outcome = contest(registry, candidate.path, look, config.rules, alias=config.alias, reason=None)
+    if outcome.decision is None:
+        raise AliasMoved(
+            f"{config.alias} means {candidate.path} since a moment ago: the same round, begun "
+            "twice; run the same command again to see what it decided"
+        )
     record = _written(
         config, registry, store, labelled, deciding, champion, outcome, time.monotonic() - begun
     )
     return Round(record["verdict"], record, store.uri, fresh=True)
+
+
+def _refuse_rules(config: RetrainConfig, labelled: LabelledSet) -> None:
+    """Refuse what the decision would be refused for, before hours are spent."""
+    if config.rules.flips is not None and config.canaries is None:
+        raise RunRefused(f"--rules.flips {config.rules.flips} needs pictures: --canaries FOLDER")
+    if config.canaries is not None and not any(open_store(config.canaries).list()):
+        raise RunRefused(f"--canaries {config.canaries}: there are no pictures")
+    known = labelled.ontology.names
+    for name in config.rules.least_iou:
+        if name not in known:
+            raise RunRefused(f"--rules.least-iou: there is no class {name!r} ({', '.join(known)})")
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -179,6 +197,15 @@ def _used(registry: Registry, version: Version) -> dict[str, str]:
     return {}  # published by hand
 
 
+def _learnt(registry: Registry, version: Version | None) -> set[str]:
+    """The pictures that a version has learnt from, as far as its training says."""
+    if version is not None:
+        with contextlib.suppress(StorageMissing):
+            table = read_table(registry.store.read(f"trainings/{version.training}/{DATA}"))
+            return {row["key"] for row in table.to_pylist() if row["role"] == "learnt"}
+    return set()
+
+
 # --------------------------------------------------------------------------------------- the steps
 
 
@@ -186,6 +213,8 @@ def _id(config: RetrainConfig, labelled: LabelledSet, champion: Version | None) 
     """What makes it this round."""
     said = {
         "labels": labelled.sha256,
+        "ontology": labelled.ontology.sha256,
+        "recipe": recipe_text(config),
         "champion": champion.sha256 if champion else None,
         "asked": config.model_dump(mode="json", include={
             "name", "model", "recipe", "set", "split", "held_out", "decide_on", "share", "alias",
@@ -213,8 +242,12 @@ def _begin(
 def _training(config: RetrainConfig, champion: Version | None, name: str) -> TrainConfig:
     """The training of the round, which goes by its name."""
     shared = {field: getattr(config, field) for field in Training.model_fields}
-    model = config.model if champion is None else champion.reference
-    return TrainConfig(**{**shared, "model": model, "run": name})
+    if champion is None:
+        return TrainConfig(**{**shared, "model": config.model, "run": name})
+    # The champion is built already: what --set says of the model was for the first one.
+    changes = tuple(change for change in config.set if not change.startswith("model."))
+    own = {"model": champion.reference, "set": changes, "run": name}
+    return TrainConfig(**{**shared, **own})
 
 
 def _evaluated(
@@ -280,10 +313,22 @@ def _recorded(store: Store) -> dict[str, Any] | None:
         return None
 
 
-def _nothing_new(registry: Registry, champion: Version) -> Round:
+def _nothing_new(
+    config: RetrainConfig,
+    registry: Registry,
+    labelled: LabelledSet,
+    deciding: LabelledSet,
+    champion: Version,
+) -> Round:
+    """The champion knows all labels; if its round was killed before its record, that is written."""
     store = open_store(f"{registry.store.uri}/retrainings/{champion.training}")
-    record = {**(_recorded(store) or {}), "champion": champion.path}
-    return Round("nothing new", record, store.uri, fresh=False)
+    record, entry = _recorded(store), registry.current(config.alias)
+    if record is None and entry is not None and store.stat("begun.json") is not None:
+        before = registry.meant(entry.previous) if entry.previous else None
+        outcome = Outcome(champion, before, None, entry.decision, entry)
+        record = _written(config, registry, store, labelled, deciding, before, outcome, None)
+    folder = store.uri if record else champion.uri
+    return Round("nothing new", {**(record or {}), "champion": champion.path}, folder, fresh=False)
 
 
 def _written(
@@ -294,15 +339,15 @@ def _written(
     deciding: LabelledSet,
     champion: Version | None,
     outcome: Outcome,
-    seconds: float,
+    seconds: float | None,
 ) -> dict[str, Any]:
     """record.md and, last, record.json."""
-    verdict: Verdict = outcome.decision.verdict if outcome.decision else "promote"
+    decision = json.loads(registry.store.read(f"{outcome.folder}/decision.json"))
     before = {} if champion is None else _used(registry, champion)
     decides = {item.key for item in deciding.items}
     fresh = [i for i in labelled.items if before.get(i.key) != digest_of(labelled, i)]
     record = {
-        "verdict": verdict,
+        "verdict": decision["verdict"],
         "when": now(),
         "data": config.data,
         "labels_sha256": labelled.sha256,
@@ -310,15 +355,16 @@ def _written(
         "new": len(fresh),
         "new_by_stratum": dict(Counter(item.stratum or "" for item in fresh)),
         "deciding": len(decides),
+        "deciding_learnt": len(decides & _learnt(registry, champion)),
         "evalset": deciding.sha256,
         "champion": champion.path if champion else None,
         "candidate": outcome.candidate.path,
         "decision": outcome.folder,
         "promoted_as": outcome.entry.number if outcome.entry else None,
-        "champion_miou": outcome.decision.champion_miou if outcome.decision else None,
-        "candidate_miou": outcome.decision.candidate_miou if outcome.decision else None,
+        "champion_miou": decision["champion_miou"],
+        "candidate_miou": decision["candidate_miou"],
         "metrics": outcome.candidate.metrics,
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
     }
     page = "\n".join(_page(config, registry, record, outcome))
     store.replace("record.md", f"{page}\n".encode("utf-8", "replace"))
@@ -339,7 +385,12 @@ def _page(
     )
     for stratum, count in record["new_by_stratum"].items():
         yield f"  - new, {printable(stratum) or 'no stratum'}: {count}"
-    yield f"- decided on {record['deciding']} pictures that neither has learnt from"
+    known = record["deciding_learnt"]
+    yield f"- decided on {record['deciding']} pictures that " + (
+        f"the new model has not learnt from, {known} of which {holder} has: it has the advantage"
+        if known
+        else "neither has learnt from"
+    )
     figures = record["metrics"]
     yield (
         f"- trained {figures.get('steps'):,} steps in {figures.get('seconds') or 0:.0f} s; "

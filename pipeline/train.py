@@ -27,7 +27,7 @@ from models.training.recipes import Recipe
 from pipeline import history
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import Compute
-from pipeline.errors import RunRefused, StorageMissing
+from pipeline.errors import RunRefused, StorageError, StorageMissing
 from pipeline.evaluate import EvaluateConfig, Evaluation, Workers, evaluate
 from pipeline.labels import LabelledItem, LabelledSet
 from pipeline.ledger import now
@@ -44,6 +44,7 @@ from pipeline.training_plan import (
     identity_of,
     job_of,
     opened,
+    parts_of,
     recipe_of,
     roles,
     start_of,
@@ -94,11 +95,13 @@ def train(
     learnt, look = roles(config, labelled)
     start = start_of(config, labelled.ontology)
     recipe = recipe_of(config, start.card, labelled.ontology)
-    registry = Registry.found(open_store(config.out))
+    parts_of(config, recipe)
     identity = identity_of(config, learnt, look, start, recipe)
     training = config.run or identity["sha256"][:16]
     checked_name(training, "the id of a training")
+    registry = Registry.found(open_store(config.out))
     store = open_store(f"{registry.store.uri}/trainings/{training}")
+    _begun(store, identity)
     if (over := _result(registry, store)) is not None:
         return Trained(over, store.uri, fresh=False)
     record = _record(store, identity, lambda: balanced(recipe, learnt))
@@ -125,14 +128,21 @@ def _record(
     store: Store, identity: dict[str, Any], balanced: Callable[[], Recipe]
 ) -> dict[str, Any]:
     """training.json: as it was begun, or written now."""
+    if (found := _begun(store, identity)) is not None:
+        return found
+    recipe = balanced().to_json()
+    record = {**identity, "recipe": recipe, "created": now(), "code": code_version()}
+    if store.create("training.json", json.dumps(record, indent=1).encode() + b"\n"):
+        return record
+    return _begun(store, identity) or record
+
+
+def _begun(store: Store, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """training.json, if it was begun; refuses a folder that is another training's."""
     try:
         found = json.loads(store.read("training.json"))
     except StorageMissing:
-        recipe = balanced().to_json()
-        record = {**identity, "recipe": recipe, "created": now(), "code": code_version()}
-        if store.create("training.json", json.dumps(record, indent=1).encode() + b"\n"):
-            return record
-        found = json.loads(store.read("training.json"))
+        return None
     if found["sha256"] != identity["sha256"]:
         differs = [
             key for key in identity if key not in {"sha256", "about", "recipe"}
@@ -208,7 +218,10 @@ def _told(store: Store, config: TrainConfig) -> Iterator[None]:
     def tell() -> None:
         last = -1
         while not ended.wait(config.interval_s):
-            progress = shown(store)
+            try:
+                progress = shown(store)
+            except StorageError:  # away for a while: that costs lines, not all that follow
+                continue
             if progress is not None and progress.step != last:
                 last = progress.step
                 line = json.dumps(asdict(progress)) if config.log == "json" else as_line(progress)

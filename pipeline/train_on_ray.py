@@ -44,6 +44,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 PART_CPUS = 0.25  # decoding and augmenting; a worker's threads take what is left
+LEAST_CPUS = 0.01
 LOST = 100  # workers or nodes lost before it gives up; each costs the steps since a checkpoint
 RESIZE_S = 60  # between two looks for room for more workers
 BLOCKS = 10_000  # tasks that the rest of a training is cut into, at most
@@ -71,6 +72,8 @@ class TrainOnRay(OnRay):
                 num_workers=most if most == least else (least, most),
                 use_gpu=bool(gpus),
                 resources_per_worker=held,
+                # GPUs side by side share their links; CPUs side by side are each other's rivals.
+                placement_strategy="PACK" if gpus else "SPREAD",
                 elastic_resize_monitor_interval_s=RESIZE_S,
             ),
             run_config=RunConfig(
@@ -89,9 +92,12 @@ class TrainOnRay(OnRay):
         return (result.metrics or {}).get("refused")
 
     def _cpus(self, workers: int) -> float:
-        """CPUs a worker holds: half of them all, shared, so that parts are made beside it."""
-        total = sum(node.get("CPU", 0.0) for node in self.alive())
-        return max(0.25, int(2 * total / workers) / 4)
+        """CPUs a worker holds: all of them on one node leave half of it to make their parts.
+
+        Or, once other nodes are lost, nothing could be made and nobody would notice.
+        """
+        nodes = [node["CPU"] for node in self.alive() if node.get("CPU", 0.0) > 0]
+        return round(max(LEAST_CPUS, min(nodes, default=1.0) / 2 / workers), 3)
 
     def _refuse_no_room(self, held: dict[str, float], least: int) -> None:
         room = sum(

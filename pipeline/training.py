@@ -99,7 +99,7 @@ def work(job: Work, team: Team, feed: Feed, report: Report) -> str | None:
     """Train to the end, from the furthest whole checkpoint if there is one.
 
     Returns:
-        Why it cannot go on, if it cannot: then the last good state is the newest checkpoint.
+        Why it cannot go on, if it cannot: then the last good state is written down and named.
     """
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(job.threads or max(1, cores // team.beside))
@@ -118,7 +118,7 @@ def work(job: Work, team: Team, feed: Feed, report: Report) -> str | None:
             folder = _saved(checkpoints, fit, rows, team)
             report(watch.progress(), folder)
     except Diverged as problem:
-        folder = _saved(checkpoints, fit, rows, team)
+        folder = _saved(checkpoints, fit, rows, team, prune=False)
         report(watch.progress(), folder)
         return f"{problem}; that state is {job.uri}/{folder}"
     if not fit.over:
@@ -223,13 +223,20 @@ def _look(job: Work, team: Team, fit: Fit) -> float:
     return confusion.mean_found(confusion.iou_K())
 
 
-def _saved(checkpoints: Checkpoints, fit: Fit, rows: "_Rows", team: Team) -> str:
-    """Write the state and what led to it; the checkpoint's folder."""
+def _saved(
+    checkpoints: Checkpoints, fit: Fit, rows: "_Rows", team: Team, *, prune: bool = True
+) -> str:
+    """Write what led to the state and the state; the checkpoint's folder.
+
+    The rows first: who goes on from the state writes none of the steps before it. A state that is
+    gone back to lies behind newer ones, and would be pruned for them.
+    """
     if team.rank:
         return ""
-    folder = checkpoints.save(fit.state())
     rows.keep()
-    checkpoints.prune()
+    folder = checkpoints.save(fit.state())
+    if prune:
+        checkpoints.prune()
     return folder
 
 

@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import re
 import uuid
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -13,9 +14,10 @@ import yaml
 
 import models
 from models import Bundle, InputInfo, TileInfo
+from models.parts.configs import did_you_mean
 from models.training.balance import ClassCounts
 from models.training.recipes import NAMED, Recipe
-from pipeline.config import SegmentConfig
+from pipeline.config import Batch, SegmentConfig
 from pipeline.create import read_bundle
 from pipeline.errors import RunRefused
 from pipeline.labels import (
@@ -103,7 +105,7 @@ def start_of(config: TrainConfig, ontology: Ontology) -> Start:
         return Start(_card(name, variant, _changes(config)["model"], ontology))
     version = resolve(config.model) if parse(config.model) is not None else None
     place = config.model if version is None else version.uri
-    card, _ = read_bundle(place)
+    card = _read_card(config.model, place)
     try:
         bundle = Bundle.from_json(card)
     except ValueError as error:
@@ -113,14 +115,27 @@ def start_of(config: TrainConfig, ontology: Ontology) -> Start:
     return Start(bundle, place, version.path if version and own else None)
 
 
+def _read_card(model: str, place: str) -> bytes:
+    """model.json of a bundle; a mere word that is none was meant to be an architecture."""
+    try:
+        return read_bundle(place)[0]
+    except RunRefused as error:
+        word = model.partition(":")[0]
+        if not re.fullmatch(r"\w+", word):
+            raise
+        raise RunRefused(
+            f"--model {model}: no bundle there, and no architecture"
+            f"{did_you_mean(word, models.names())}"
+        ) from error
+
+
 def _card(name: str, variant: str, options: dict[str, Any], ontology: Ontology) -> Bundle:
     """The card of a model that does not exist yet; recipe and figures come later."""
     if variant:
-        variants = models.about(name).variants
+        variants = models.about(name).variants if name in models.names() else {}
         if variant not in variants:
-            raise RunRefused(
-                f"--model {name}:{variant}: {name} has the variants {', '.join(variants)}"
-            )
+            known = ", ".join(variants) or "none"
+            raise RunRefused(f"--model {name}:{variant}: {name} has the variants {known}")
         options = {**variants[variant], **options}
     try:
         net = models.build(name, **{**options, "classes": len(ontology.classes)})
@@ -171,17 +186,26 @@ def _changes(config: TrainConfig) -> dict[str, dict[str, Any]]:
         key, sign, text = change.partition("=")
         if not sign:
             raise RunRefused(f"--set {change}: write KEY=VALUE, as rate.peak=1e-3")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = yaml.safe_load(text) if text[:1] in "[{" else text
-            value = float(text) if _is_number(text) else value
         target, path = (model, key[6:]) if key.startswith("model.") else (recipe, key)
         *outer, last = path.split(".")
-        for step in outer:
-            target = target.setdefault(step, {})
-        target[last] = value
+        try:
+            for step in outer:
+                target = target.setdefault(step, {})
+            target[last] = _value(text)
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise RunRefused(
+                f"--set {change}: cannot be understood; write KEY=VALUE, as rate.peak=1e-3 or "
+                "augment.size=[256,256]"
+            ) from error
     return {"recipe": recipe, "model": model}
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - whatever the recipe takes
+    try:
+        return json.loads(text)
+    except ValueError:
+        value = yaml.safe_load(text) if text[:1] in "[{" else text
+        return float(text) if _is_number(text) else value
 
 
 def _is_number(text: str) -> bool:
@@ -191,17 +215,29 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def recipe_text(config: Training) -> str:
+    """The recipe that is named, before its changes, as JSON or YAML."""
+    if config.recipe in NAMED:
+        return json.dumps(NAMED[config.recipe]().to_json())
+    if config.recipe.endswith((".json", ".yaml", ".yml")):
+        return given_file(config.recipe)[0].decode("utf-8", "replace")
+    raise RunRefused(
+        f"--recipe {config.recipe} is none of {', '.join(NAMED)} and no .json or .yaml file"
+    )
+
+
+def _parsed(text: str) -> object:
+    """JSON first: YAML takes its 1e-05 for a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def recipe_of(config: TrainConfig, card: Bundle, ontology: Ontology) -> Recipe:
     """The recipe by name or file, with the changes; pixels as the model reads them."""
     try:
-        if config.recipe in NAMED:
-            said = NAMED[config.recipe]().to_json()
-        elif config.recipe.endswith((".json", ".yaml", ".yml")):
-            said = yaml.safe_load(given_file(config.recipe)[0])
-        else:
-            raise RunRefused(
-                f"--recipe {config.recipe} is none of {', '.join(NAMED)} and no .json or .yaml file"
-            )
+        said = _parsed(recipe_text(config))
         if not isinstance(said, dict):
             raise RunRefused(f"--recipe {config.recipe} must hold names and values")
         recipe = Recipe.from_json(_merged(said, _changes(config)["recipe"]))
@@ -209,7 +245,23 @@ def recipe_of(config: TrainConfig, card: Bundle, ontology: Ontology) -> Recipe:
         raise RunRefused(f"--recipe {config.recipe}: {error}") from error
     if card.weights_sha256:  # it exists, and reads pixels as it always did
         recipe = replace(recipe, mean=card.input.mean, std=card.input.std)
+    _refuse_unfit(recipe, card)
     return replace(recipe, ignore_id=ontology.ignored)
+
+
+def _refuse_unfit(recipe: Recipe, card: Bundle) -> None:
+    """Refuse one number per channel or class where the model has more of them, or fewer."""
+    channels, weights = card.input.channels, recipe.loss.class_weights
+    if len(recipe.mean) not in {1, channels}:
+        raise RunRefused(
+            f"mean and std of the recipe are {len(recipe.mean)} numbers, the model reads "
+            f"{channels} channels; try --set mean=[0.45] --set std=[0.23]"
+        )
+    if not isinstance(weights, str) and len(weights) != len(card.classes):
+        raise RunRefused(
+            f"loss.class_weights are {len(weights)} numbers for {len(card.classes)} classes; "
+            "try --set loss.class_weights=median_frequency"
+        )
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -269,15 +321,8 @@ def balanced(recipe: Recipe, learnt: LabelledSet) -> Recipe:
     return recipe.balanced(total)
 
 
-def job_of(
-    config: TrainConfig,
-    store: Store,
-    start: Start,
-    learnt: LabelledSet,
-    look: LabelledSet,
-    recipe: Recipe,
-) -> Work:
-    """What every worker must know."""
+def parts_of(config: TrainConfig, recipe: Recipe) -> int:
+    """The parts of a step, which any number of workers that there may be can share."""
     least = config.least_workers or config.workers
     if least > config.workers:
         raise RunRefused(f"--least-workers {least} exceeds --workers {config.workers}")
@@ -287,6 +332,18 @@ def job_of(
             f"a batch of {recipe.batch} cannot be shared in {parts} equal parts by {least} to "
             f"{config.workers} workers; try --set batch={-(-recipe.batch // parts) * parts}"
         )
+    return parts
+
+
+def job_of(
+    config: TrainConfig,
+    store: Store,
+    start: Start,
+    learnt: LabelledSet,
+    look: LabelledSet,
+    recipe: Recipe,
+) -> Work:
+    """What every worker must know."""
     channels = start.card.input.channels
     mean, std = (part * channels if len(part) == 1 else part for part in (recipe.mean, recipe.std))
     card = replace(
@@ -306,7 +363,7 @@ def job_of(
         train=TrainSet.of(learnt.items, learnt.loader, recipe, card),
         look=look.items,
         asked=_asked(config, learnt),
-        parts=parts,
+        parts=parts_of(config, recipe),
         every=config.every or max(1, steps_of(recipe, len(learnt.items)) // LOOKS),
         threads=config.threads,
     )
@@ -318,6 +375,7 @@ def _asked(config: TrainConfig, labelled: LabelledSet) -> SegmentConfig:
         source=labelled.loader.images,
         out=f"{labelled.loader.images}.never-written",
         model="demo",  # no bundle yet: scorers are handed its bytes
+        batch=Batch(pixels=CARD_TILE.size**2),  # a probe at every look would take longer than it
         architecture=config.architecture,
         compute=config.compute,
     )

@@ -1,4 +1,4 @@
-"""Kill what trains: a driver, a worker, a node, a checkpoint, a store. It ends in the same losses."""
+"""Kill what trains: driver, worker, node, checkpoint, store. It ends in the same losses."""
 
 from __future__ import annotations
 

@@ -65,6 +65,9 @@ GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predi
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Where the store is; never who we are: workers find credentials in their own chain."""
+WORKERS = {"MALLOC_ARENA_MAX": "1"}
+"""What glibc must know when a worker starts: Ray's threads have made their arenas before our code
+runs, and memory freed in one never serves another (`pipeline.infer.keep_freed_memory`)."""
 
 
 class OnRay:
@@ -86,7 +89,14 @@ class OnRay:
             return
         where = self._where
         _quiet()
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        # Ray refuses what the surrounding job has set already, were it the same.
+        told = {name: value for name, value in WORKERS.items() if name not in os.environ}
+        shipped: dict[str, Any] = {"env_vars": told}
+        common: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": shipped,
+        }
         try:
             with _hushed():
                 if self._local:
@@ -104,8 +114,8 @@ class OnRay:
                     ray.init(address="auto", **common)
                 else:
                     here = Path(__file__).parent.parent
-                    shipped = {"py_modules": [str(here / "pipeline"), str(here / "models")]}
-                    ray.init(address=where, runtime_env=shipped, **common)
+                    shipped["py_modules"] = [str(here / "pipeline"), str(here / "models")]
+                    ray.init(address=where, **common)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
         self._connected = True

@@ -28,8 +28,8 @@ from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
-TRIM_S = 10.0  # a trim costs the faults of some hundred megabytes, under 0.1 s: 1 % at most
-PRIMITIVES = 64  # a model of one size has some 30
+TRIM_S = 3.0  # a trim costs the faults of some hundred megabytes, under 0.1 s: 3 % at most
+PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
@@ -404,7 +404,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
         # One arena for all threads: those of their own never give each other what they have freed
-        # (growth over 10,000 pictures), and map and unmap their heaps in 64 MB pieces.
+        # (growth over 10,000 pictures), and map and unmap their heaps in 64 MB pieces. Arenas that
+        # are there by now stay; a Ray worker has many and is told at its start (cluster.py).
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2_000_000_000)
@@ -414,12 +415,15 @@ def keep_freed_memory() -> None:
 
 
 def few_primitives() -> None:
-    """Tell oneDNN to keep the code of few shapes, if it has not begun yet.
+    """Tell torch to keep the code of few shapes, if it has not begun yet.
 
-    It keeps 1024 by default, 40 MB more after 1500 pictures of mixed sizes and still growing; with
-    few it stays level, no slower (2026-11-20: 182 -> 221 MB against 172 -> 190 MB).
+    It keeps 1024 convolutions in oneDNN, and as many more of each thread in ideep, the layer above.
+    With mixed sizes both fill for a fifth of 10,000 pictures and longer: 74 MB (2026-11-21: after
+    1300 pictures 270 MB with 1024 of each, 242 with 64 and 1024, 233 with 256, 219 with 64; making
+    code anew takes 2 % of the time with 64, 1 % with 256).
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(PRIMITIVES))
 
 
 def give_back_memory() -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import tyro
 import yaml
@@ -15,7 +16,7 @@ from jobs import ended
 from pipeline.archive import Outcome, segment_archive
 from pipeline.config import Compute, SegmentConfig, from_mapping
 from pipeline.errors import EXIT_DONE, RunRefused
-from pipeline.place import Found, Place
+from pipeline.place import Capacity, Found, Place
 from pipeline.progress import duration
 from pipeline.records import Receipt, Task
 from pipeline.storage import absolute, open_store
@@ -113,6 +114,11 @@ class Chosen:
         self._compute = config.compute
         self._place: Place | None = None
 
+    @property
+    def capacity(self) -> Capacity:
+        """See `pipeline.place.Place.capacity`."""
+        return Capacity(0) if self._place is None else self._place.capacity
+
     def _for(self, images: int) -> Place:
         if self._place is None:
             where = self._where or ("process" if images <= SMALL else "local")
@@ -174,11 +180,22 @@ def _told(config: SegmentConfig, outcome: Outcome) -> int:
             f"this call: {call['images']} images, {call['megapixels']:.1f} MP"
             f" in {duration(call['seconds'])} ({call['images_per_second']:.1f} images/s)"
         ),
+        *_limits(call),
         *(f"  rejected: {n} {reason}" for reason, n in counts["rejected"].items()),
         f"run: {config.out}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     return outcome.exit_code
+
+
+def _limits(call: dict[str, Any]) -> Iterator[str]:
+    """How near to the machine's limit it came, and what was in the way."""
+    if call["efficiency"] is not None and call["seconds_first_to_last_fragment"]:
+        yield (
+            f"  {call['images_per_second_first_to_last_fragment']:.1f} images/s from first "
+            f"fragment to last, {call['efficiency']:.0%} of what {call['cores']} cores can do; "
+            f"limited by {call['bottleneck']}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -33,13 +33,14 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.finalize import Counts, final_counts, finalize
-from pipeline.ledger import Ledger, now
+from pipeline.ledger import Ledger
 from pipeline.listing import Listing
 from pipeline.overview import overview
 from pipeline.place import Place
 from pipeline.plan import Known, Start, plan_round
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
+from pipeline.receipt import receipt_of
 from pipeline.records import Task
 from pipeline.storage import Store, open_store
 from pipeline.tables import read_table
@@ -88,7 +89,7 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
     counts = _finish_rounds(ledger, config, place, stop, tally)
     if not fresh and _extend(ledger, config, source, listing):
         counts = _finish_rounds(ledger, config, place, stop, tally)
-    receipt = _receipt(ledger, counts, tally, listing)
+    receipt = receipt_of(ledger, counts, tally, listing, place.capacity)
     ledger.store.replace("receipt.json", json.dumps(receipt, indent=1).encode() + b"\n")
     stale = tally.answered or ledger.store.stat(SHEET) is None  # or killed before it was drawn
     if stale and (sheet := overview(Run(ledger))) is not None:
@@ -224,37 +225,3 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     )
     ledger.add_round(first.round, as_object(plan, listing))
     return True
-
-
-def _receipt(ledger: Ledger, counts: Counts, tally: Tally, listing: Listing) -> dict[str, Any]:
-    """What was promised and what was done, for people and for programs."""
-    whole = time.monotonic() - tally.started
-    first, last = tally.first_landed, tally.last_landed
-    steady = last - first if first and last and last > first else None
-    return {
-        "run_id": ledger.run["run_id"],
-        "finished": now(),
-        "model": ledger.model_version,
-        "task": "segment" if ledger.layout.has_masks else "classify",
-        "round": ledger.rounds()[-1],
-        "counts": {**asdict(counts), "rejected_total": counts.n_rejected},
-        "skipped": dict(sorted(listing.skipped.items())),
-        "left_out": listing.left_out,
-        "this_call": {
-            "images": tally.answered,
-            "done": tally.done,
-            "rejected": tally.rejected,
-            "fragments": tally.fragments,
-            "adopted": tally.adopted,
-            "megapixels": round(tally.pixels / 1e6, 3),
-            "bytes_read": tally.bytes_in,
-            "bytes_written": tally.bytes_out,
-            "seconds": round(whole, 3),
-            "seconds_first_to_last_fragment": None if steady is None else round(steady, 3),
-            "images_per_second": round(tally.answered / whole, 3),
-            "images_per_second_first_to_last_fragment": steady
-            and round((tally.answered - tally.first_images) / steady, 3),
-            "megapixels_per_second": round(tally.pixels / 1e6 / whole, 3),
-            "seconds_per_leg": {leg: round(s, 3) for leg, s in sorted(tally.seconds.items())},
-        },
-    }

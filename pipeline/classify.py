@@ -41,10 +41,13 @@ def classify(
         clock: books the seconds.
     """
     aside: list[RejectedImage] = []
-    tiles = clock.over("decode", _scaled(encoded, line, aside, segmenter.bundle.input.resize))
+    tiles = clock.over(
+        "decode", _scaled(encoded, line, aside, segmenter.bundle.input.resize, clock)
+    )
     window = line.config.batch.window_mb * 1024**2
     batches = pack(tiles, line.ledger.budget, window, line.grid.align)
-    for answer in clock.over("predict", segmenter.predict(batches, confidence=False)):
+    answers = segmenter.predict(batches, confidence=False, saw=clock.saw)
+    for answer in clock.over("predict", answers):
         yield _result(answer)
     yield from aside
 
@@ -76,11 +79,15 @@ def scaled(values_HWC: Array, size: Size) -> Array:
 
 
 def _scaled(
-    encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage], resize: Size | None
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    aside: list[RejectedImage],
+    resize: Size | None,
+    clock: Clock,
 ) -> Iterator[Tile]:
     """Pictures as the model reads them, each one tile; what is none goes aside."""
     change = partial(_read, resize=resize, longest=line.grid.size)
-    for one in ahead(encoded, line, aside, change):
+    for one in ahead(encoded, line, aside, change, clock):
         pixels, upright = one.pixels
         picture = Picture(
             one.plan, pixels, one.input_bytes, one.sha256,

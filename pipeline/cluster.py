@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -32,7 +31,7 @@ from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.line import Line
 from pipeline.packing import object_of
-from pipeline.place import Found
+from pipeline.place import Capacity, Found
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
 from pipeline.run import attempt, load, store
 from pipeline.storage import open_store
@@ -135,6 +134,13 @@ class OnRay:
         self.connect()
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self.gpus)
         return Found(**_waited(probe.remote(bundle, config.model_dump_json())))
+
+    @property
+    def capacity(self) -> Capacity:
+        """See `pipeline.place.Place.capacity`; a cluster that nobody has needed has none."""
+        alive = self.alive() if self._connected else []
+        cores, gpus = (sum(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
+        return Capacity(int(cores), int(gpus) if alive and self.gpus else 0)
 
     @property
     def gpus(self) -> int:
@@ -345,13 +351,15 @@ def _task(table: pa.Table) -> Task:
 def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
     """The load leg: encoded bytes of a fragment, or why there are none."""
     line, task = _line(run_uri, compute, settings), _task(table)
-    start = time.perf_counter()
-    items = [] if line.ledger.is_committed(task.fragment) else list(load(line.images(task), line))
+    clock = Clock()
+    with clock.during("load"):
+        done = line.ledger.is_committed(task.fragment)
+        items = [] if done else list(load(line.images(task), line))
     verdicts = [None if item.verdict is None else asdict(item.verdict) for item in items]
     row = {
         "data": pa.array([[item.data for item in items]], pa.large_list(pa.large_binary())),
         "verdicts": pa.array([json.dumps(verdicts)]),
-        "seconds": pa.array([json.dumps({"load": time.perf_counter() - start})]),
+        "clock": pa.array([json.dumps(clock.said())]),
     }
     return pa.table({**{name: table[name] for name in _TASK}, **row})
 
@@ -371,11 +379,11 @@ class _Segment:
                 {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}
             )
         clock = Clock()
+        clock.hear(json.loads(table["clock"][0].as_py()))
         results = attempt(task, _encoded(table, line, task), line, self._segmenter, clock)
-        data, receipt = object_of(task, results, line)
+        data, receipt = object_of(task, results, line, clock)
         self._segmenter.between_fragments()
-        seconds = {**json.loads(table["seconds"][0].as_py()), **clock.seconds}
-        about = json.dumps({**asdict(receipt), "seconds": seconds})
+        about = json.dumps(asdict(receipt))
         return pa.table({**keep, "object": pa.array([data], pa.large_binary()), "receipt": [about]})
 
 
@@ -395,11 +403,11 @@ def _store(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Tab
     line, task = _line(run_uri, compute, settings), _task(table)
     text = table["receipt"][0].as_py()
     if text:
-        start = time.perf_counter()
-        mine = store(task, table["object"][0].as_py(), line)
-        about = json.loads(text)
-        about["seconds"]["store"] = time.perf_counter() - start
-        text = json.dumps({**about, "adopted": not mine})
+        about, clock = json.loads(text), Clock()
+        clock.hear(about)
+        with clock.during("store"):
+            mine = store(task, table["object"][0].as_py(), line)
+        text = json.dumps({**about, **clock.said(), "adopted": not mine})
     return pa.table({"fragment": table["fragment"], "receipt": [text]})
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from pipeline.config import Compute, SegmentConfig
 from pipeline.infer import Segmenter
 from pipeline.line import Line
-from pipeline.place import Found
+from pipeline.place import Capacity, Found
 from pipeline.records import Receipt, Task
 from pipeline.run import run_here
+
+GPU_THREADS = 4  # fragments in turn for a GPU: decoding beside predicting
 
 
 class Here:
@@ -18,6 +20,12 @@ class Here:
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
         self._segmenter: Segmenter | None = None
+
+    @property
+    def capacity(self) -> Capacity:
+        """See `Place.capacity`."""
+        on_gpu = self._segmenter is not None and self._segmenter.device.type != "cpu"
+        return Capacity(len(os.sched_getaffinity(0)), int(on_gpu))
 
     def found(
         self,
@@ -33,11 +41,9 @@ class Here:
         """See `Place.run`."""
         line = Line.open(run_uri, self._compute)
         segmenter = self._segmenter or line.segmenter()
-        cores = len(os.sched_getaffinity(0))
-        workers = self._compute.workers or (
-            cores if segmenter.device.type == "cpu" else min(4, cores)
-        )
-        yield from run_here(tasks, line, segmenter, workers, stop)
+        self._segmenter, cores = segmenter, self.capacity.cores
+        here = cores if segmenter.device.type == "cpu" else min(GPU_THREADS, cores)
+        yield from run_here(tasks, line, segmenter, self._compute.workers or here, stop)
 
     def close(self) -> None:
         """Nothing was started."""

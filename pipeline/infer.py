@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 
 from models import load_bundle_bytes
 from pipeline.batch import Batch, padded
+from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
 from pipeline.place import Found
@@ -93,21 +94,38 @@ class Segmenter:
         """The model of a run's bundle as its config wants it used."""
         return cls(*bundle, config.compute.device, config.architecture, config.inference)
 
-    def predict(self, batches: Iterable[Batch], confidence: bool) -> Iterator[TileAnswer]:
-        """Answers to every tile, in the batches' order; a tile that does not fit has a failure."""
+    def predict(
+        self,
+        batches: Iterable[Batch],
+        confidence: bool,
+        saw: Callable[[Pass], None] = lambda _: None,
+    ) -> Iterator[TileAnswer]:
+        """Answers to every tile, in the batches' order; a tile that does not fit has a failure.
+
+        Args:
+            batches: tiles of any pictures.
+            confidence: whether confidences of every pixel are wanted.
+            saw: is told of every pass of the model.
+        """
         for batch in batches:
             most = self._most_tiles.get((batch.height, batch.width), len(batch.tiles))
             for start in range(0, len(batch.tiles), most):
-                yield from self._answered(
-                    batch.tiles[start : start + most], batch.height, batch.width, confidence
-                )
+                part = batch.tiles[start : start + most]
+                yield from self._answered(part, batch.height, batch.width, confidence, saw)
 
     def _answered(
-        self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
+        self,
+        tiles: tuple[Tile, ...],
+        height: int,
+        width: int,
+        confidence: bool,
+        saw: Callable[[Pass], None],
     ) -> Iterator[TileAnswer]:
         try:
             with self._lock:
+                start = time.perf_counter()
                 answers = self._run(tiles, height, width, confidence)
+                held = time.perf_counter() - start  # answers are on the host: the GPU is done
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -121,10 +139,23 @@ class Segmenter:
             self._most_tiles[height, width] = half
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            yield from self._answered(tiles[:half], height, width, confidence)
-            yield from self._answered(tiles[half:], height, width, confidence)
+            yield from self._answered(tiles[:half], height, width, confidence, saw)
+            yield from self._answered(tiles[half:], height, width, confidence, saw)
             return
+        for each in self._passes(tiles, height, width, held):
+            saw(each)
         yield from answers
+
+    def _passes(
+        self, tiles: tuple[Tile, ...], height: int, width: int, held: float
+    ) -> Iterator[Pass]:
+        """How tiles went through the model: on a CPU one by one, each padded for itself."""
+        areas = [tile.height * tile.width for tile in tiles]
+        if self.device.type != "cpu":
+            yield Pass(len(tiles), sum(areas), len(tiles) * height * width, held)
+            return
+        for tile, area in zip(tiles, areas, strict=True):
+            yield Pass(1, area, math.prod(self.model.padded_size(tile.height, tile.width)))
 
     @torch.inference_mode()
     def _run(

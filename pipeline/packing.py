@@ -2,8 +2,10 @@
 
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 
+from pipeline.clock import Clock, peak_memory_mb
 from pipeline.fragment import assemble
 from pipeline.line import Line
 from pipeline.measure import (
@@ -21,11 +23,19 @@ from pipeline.measure import (
 from pipeline.records import Receipt, Task
 
 
-def object_of(task: Task, results: Iterable[Result], line: Line) -> tuple[bytes, Receipt]:
+def object_of(
+    task: Task, results: Iterable[Result], line: Line, clock: Clock
+) -> tuple[bytes, Receipt]:
     """The fragment's one object, and what is in it."""
+    ordered = sorted(results, key=lambda result: result.plan.image_id)
+    with clock.during("pack"):
+        data, receipt = _packed(task, ordered, line)
+    return data, replace(receipt, **clock.said(), peak_mb=peak_memory_mb())
+
+
+def _packed(task: Task, ordered: list[Result], line: Line) -> tuple[bytes, Receipt]:
     layout, version = line.ledger.layout, line.ledger.model_version
     ids = [entry["id"] for entry in line.ledger.classes]
-    ordered = sorted(results, key=lambda result: result.plan.image_id)
     rows, stats, frames, slots, certainty, predictions = [], [], [], [], [], []
     offset = pixels = 0
     first = ordered[0].plan.image_id if ordered else 0

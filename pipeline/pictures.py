@@ -1,12 +1,14 @@
 """Encoded images to upright pictures, decoded a little ahead of the model in threads."""
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pipeline.clock import Clock
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import ImageRejected
 from pipeline.line import Line
@@ -28,7 +30,11 @@ class Decoded(Generic[T]):
 
 
 def decoded(
-    encoded: Iterable[EncodedImage], line: Line, aside: list[RejectedImage], left: int
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    aside: list[RejectedImage],
+    left: int,
+    clock: Clock,
 ) -> Iterator[Picture]:
     """Pictures in plan order; what is none goes aside.
 
@@ -37,9 +43,10 @@ def decoded(
         line: the run's line.
         aside: takes the rejected ones.
         left: slots the fragment has left; a picture that needs more becomes large.
+        clock: books what the threads work.
     """
     layout = line.ledger.layout
-    for one in ahead(encoded, line, aside, lambda pixels: pixels):
+    for one in ahead(encoded, line, aside, lambda pixels: pixels, clock):
         pixels = one.pixels
         need = layout.slots_for(pixels.height, pixels.width)
         large = need is None or need > min(left, max(1, layout.slots // 4))
@@ -53,25 +60,35 @@ def ahead(
     line: Line,
     aside: list[RejectedImage],
     change: Callable[[Pixels], T],
+    clock: Clock,
 ) -> Iterator[Decoded[T]]:
     """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads."""
     threads = line.config.compute.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[Decoded[T] | RejectedImage]] = deque()
+        waiting: deque[Future[tuple[Decoded[T] | RejectedImage, float]]] = deque()
 
         def landed() -> Iterator[Decoded[T]]:
-            outcome = waiting.popleft().result()
+            outcome, worked = waiting.popleft().result()
+            clock.work("decode", worked)
             if isinstance(outcome, RejectedImage):
                 aside.append(outcome)
             else:
                 yield outcome
 
         for item in encoded:
-            waiting.append(pool.submit(_decoded, item, line.limits, change))
+            waiting.append(pool.submit(_timed, item, line.limits, change))
             if len(waiting) > threads:
                 yield from landed()
         while waiting:
             yield from landed()
+
+
+def _timed(
+    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T]
+) -> tuple[Decoded[T] | RejectedImage, float]:
+    start = time.thread_time()
+    outcome = _decoded(item, limits, change)
+    return outcome, time.thread_time() - start
 
 
 def _decoded(

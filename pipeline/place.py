@@ -24,8 +24,21 @@ class Found:
     max_side: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a place could use at once."""
+
+    cores: int
+    gpus: int = 0
+
+
 class Place(Protocol):
     """Where fragments are run."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """What there is for all of its work."""
+        ...
 
     def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
         """Load the model there, once, and find the pixel budget for a run of so many images.

@@ -4,12 +4,14 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline.clock import add
 from pipeline.records import Receipt
 
 log = logging.getLogger("maskfleet")
@@ -31,6 +33,9 @@ class Tally:
     fragments: int = 0
     adopted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+    peak_mb: float = 0.0
     started: float = field(default_factory=time.monotonic)
     first_landed: float | None = None
     first_images: int = 0
@@ -51,10 +56,18 @@ class Tally:
         self.bytes_out += receipt.bytes_out
         self.fragments += 1
         self.adopted += receipt.adopted
-        for leg, seconds in receipt.seconds.items():
-            self.seconds[leg] = self.seconds.get(leg, 0.0) + seconds
+        add(self.seconds, receipt.seconds)
+        add(self.busy, receipt.busy)
+        self.passed.update(receipt.passed)
+        self.peak_mb = max(self.peak_mb, receipt.peak_mb)
         self.recent = [(at, n) for at, n in self.recent if now - at < WINDOW_S]
         self.recent.append((now, receipt.done + receipt.rejected))
+
+    @property
+    def steady_s(self) -> float | None:
+        """Seconds from the first fragment landed to the last; None if there is no such stretch."""
+        first, last = self.first_landed, self.last_landed
+        return last - first if first and last and last > first else None
 
     @property
     def answered(self) -> int:

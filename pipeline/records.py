@@ -95,5 +95,12 @@ class Receipt:
     bytes_in: int
     bytes_out: int
     seconds: dict[str, float] = field(default_factory=dict)
+    """Per leg, on the wall."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Per stage, of a core; `device`: of the GPU."""
+    passed: dict[str, int] = field(default_factory=dict)
+    """`Clock.passed`."""
+    peak_mb: float = 0.0
+    """Of the process that segmented it, so far."""
     adopted: bool = False
     """Another writer's object was there first; the counts are ours, the truth is its header."""

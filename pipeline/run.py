@@ -81,8 +81,10 @@ def segment(
         return LargeMask(store, picture, ontology, layout.dtype, layout.fill, layout.confidence)
 
     aside: list[RejectedImage] = []
-    pictures = decoded(encoded, line, aside, layout.slots if slots is None else slots)
-    strips = masked(pictures, line, segmenter.predict, segmenter.finish, clock)
+    left = layout.slots if slots is None else slots
+    pictures = decoded(encoded, line, aside, left, clock)
+    predict = partial(segmenter.predict, saw=clock.saw)
+    strips = masked(pictures, line, predict, segmenter.finish, clock)
     yield from clock.over("measure", measure(strips, sink_for))
     yield from aside
 
@@ -138,35 +140,64 @@ def store(task: Task, object_bytes: bytes, line: Line) -> bool:
     return line.ledger.commit(task.fragment, object_bytes)
 
 
-def run_fragment(task: Task, line: Line, segmenter: Segmenter, clock: Clock) -> Receipt | None:
-    """All three legs in this thread; None if the fragment is committed already."""
+class Turn:
+    """Lets so many fragments into the segment leg at a time; none any more after ``stop``.
+
+    There are more fragments in flight than turns, so that the next one's bytes are there when a
+    turn ends, and an object is stored while the next fragment is segmented.
+    """
+
+    def __init__(self, workers: int, stop: threading.Event) -> None:
+        self._free = threading.BoundedSemaphore(workers)
+        self._stop, self._closed = stop, False
+
+    def __enter__(self) -> bool:
+        self._free.acquire()
+        return not (self._closed or self._stop.is_set())
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
+
+    def close(self) -> None:
+        """Whoever waits is let in to learn that there is nothing to do any more."""
+        self._closed = True
+
+
+def run_fragment(
+    task: Task, line: Line, segmenter: Segmenter, clock: Clock, turn: Turn
+) -> Receipt | None:
+    """All three legs in this thread; None if there is nothing to do (any more)."""
     if line.ledger.is_committed(task.fragment):
         return None
     encoded = list(clock.over("load", load(line.images(task), line)))
-    data, receipt = object_of(task, attempt(task, encoded, line, segmenter, clock), line)
-    start = time.perf_counter()
-    mine = store(task, data, line)
-    seconds = {**clock.seconds, "store": time.perf_counter() - start}
-    segmenter.between_fragments()
-    return replace(receipt, seconds=seconds, adopted=not mine)
+    with turn as still_wanted:
+        if not still_wanted:
+            return None
+        results = attempt(task, encoded, line, segmenter, clock)
+        data, receipt = object_of(task, results, line, clock)
+        segmenter.between_fragments()
+    with clock.during("store"):
+        mine = store(task, data, line)
+    return replace(receipt, **clock.said(), adopted=not mine)
 
 
 def run_here(
     tasks: Iterable[Task], line: Line, segmenter: Segmenter, workers: int, stop: threading.Event
 ) -> Iterator[Receipt]:
-    """Every fragment in this process, ``workers`` at a time; after ``stop`` those in flight.
+    """Every fragment in this process, ``workers`` segmented at a time; after ``stop`` only those.
 
     Raises:
         RunStuck: if no leg of any fragment hands anything on for ``compute.no_progress_s``.
     """
     todo = iter(tasks)
+    turn, most = Turn(workers, stop), workers + workers // 2 + 1
     flying: dict[Future[Receipt | None], Clock] = {}
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="segment")
+    pool = ThreadPoolExecutor(most, thread_name_prefix="fragment")
     try:
         while True:
-            while len(flying) < workers and not stop.is_set() and (task := next(todo, None)):
+            while len(flying) < most and not stop.is_set() and (task := next(todo, None)):
                 clock = Clock()
-                flying[pool.submit(run_fragment, task, line, segmenter, clock)] = clock
+                flying[pool.submit(run_fragment, task, line, segmenter, clock, turn)] = clock
             if not flying:
                 return
             landed, _ = wait(flying, timeout=WATCH_S, return_when=FIRST_COMPLETED)
@@ -176,6 +207,7 @@ def run_here(
                     yield receipt
             _watch(flying.values(), line.config.compute.no_progress_s)
     finally:
+        turn.close()
         pool.shutdown(wait=not _stuck(flying.values(), line.config.compute.no_progress_s))
 
 

@@ -142,7 +142,7 @@ class Scorer:
         masks = list(clock.over("load", self._loader.encoded_masks(items, threads)))
         known = {one[0].image.image_id: one for one in zip(items, masks, strict=True)}
         timed = _Timed(self._segmenter, self._turn)
-        pictures = decoded(encoded, line, aside, line.ledger.layout.slots)
+        pictures = decoded(encoded, line, aside, line.ledger.layout.slots, clock)
         strips = masked(pictures, line, timed.predict, timed.finish, clock)
         for picture, rows in _whole(strips, aside):
             seconds = timed.seconds.pop(picture.plan.image_id)

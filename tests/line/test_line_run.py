@@ -120,6 +120,22 @@ def test_every_image_is_in_one_state_and_the_counts_say_so(finished):
     assert problems(finished.out) == []
 
 
+def test_the_receipt_says_how_near_to_the_limit_the_call_came_and_what_limited_it(finished):
+    call = finished.outcome.receipt["this_call"]
+
+    assert {"load", "decode", "predict", "measure", "pack", "store"} <= set(
+        call["busy_seconds_per_stage"]
+    )
+    worked = sum(call["busy_seconds_per_stage"].values())
+    limit = call["cores"] * 13 / worked
+    assert call["work_bound_limit_images_per_second"] == pytest.approx(limit, rel=0.05)
+    assert 0 < call["efficiency"] <= 1.05
+    assert call["bottleneck"].startswith(("cores (", "waiting ("))
+    assert call["tiles"] >= 12
+    assert 0 <= call["padding_waste"] < 1
+    assert call["peak_memory_mb"]["worker"] > 50
+
+
 def test_counted_pixels_and_nodata_make_the_whole_picture(finished):
     run = open_run(str(finished.out))
     counted: dict[int, int] = {}

@@ -19,7 +19,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import probe
 from pipeline.layout import N_SLOTS, Layout
-from pipeline.ledger import RUN, Ledger, frozen, now
+from pipeline.ledger import FORECAST, RUN, Ledger, frozen, now
 from pipeline.listing import Listing, head
 from pipeline.place import Found, Place
 from pipeline.plan import Round, Start, plan_round, to_parquet
@@ -134,7 +134,8 @@ def refuse_strangers(out: Store) -> None:
         RunRefused: naming what is there.
     """
     try:
-        stranger = next((f for f in out.list() if not f.path.startswith(PREFLIGHT)), None)
+        ours = (PREFLIGHT, FORECAST)
+        stranger = next((f for f in out.list() if not f.path.startswith(ours)), None)
     except StorageMissing as error:
         if out.uri.startswith("s3://"):  # a prefix is never missing, only its bucket
             raise RunRefused(f"--out: {error}") from error
@@ -160,7 +161,7 @@ def create_run(
     plan = first_round(config, source, listing)
     check_create_only(out)
     found = place.found(bundle, plan.images, config)
-    layout = _layout(config, source, plan, card)
+    layout = layout_for(config, source, plan, card)
     about = {
         "name": config.model,
         "sha256": card.sha256,
@@ -248,7 +249,7 @@ def grid_of(
     )
 
 
-def _layout(config: SegmentConfig, source: Store, plan: Round, card: Bundle) -> Layout:
+def layout_for(config: SegmentConfig, source: Store, plan: Round, card: Bundle) -> Layout:
     """Slot size from the pictures themselves: what nine of ten probed masks fit into."""
     if card.task == "classify":
         return Layout("labels", "uint16", 65535, slots=0, slot=0)

@@ -2,14 +2,19 @@
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from pipeline.config import Compute, SegmentConfig
 from pipeline.infer import Segmenter
+from pipeline.labels import in_order
 from pipeline.line import Line
 from pipeline.place import Capacity, Found
 from pipeline.records import Receipt, Task
 from pipeline.run import run_here
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 GPU_THREADS = 4  # fragments in turn for a GPU: decoding beside predicting
 
@@ -41,9 +46,17 @@ class Here:
         """See `Place.run`."""
         line = Line.open(run_uri, self._compute)
         segmenter = self._segmenter or line.segmenter()
-        self._segmenter, cores = segmenter, self.capacity.cores
-        here = cores if segmenter.device.type == "cpu" else min(GPU_THREADS, cores)
-        yield from run_here(tasks, line, segmenter, self._compute.workers or here, stop)
+        self._segmenter = segmenter
+        yield from run_here(tasks, line, segmenter, self._threads, stop)
+
+    def each(self, make: Callable[[], Callable[[In], Out]], items: Sequence[In]) -> Iterator[Out]:
+        """See `pipeline.cluster.OnRay.each`: one worker, shared by threads."""
+        yield from in_order(make(), items, self._threads)
+
+    @property
+    def _threads(self) -> int:
+        cores = self.capacity.cores
+        return self._compute.workers or (min(GPU_THREADS, cores) if self.capacity.gpus else cores)
 
     def close(self) -> None:
         """Nothing was started."""

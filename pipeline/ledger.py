@@ -31,6 +31,7 @@ from pipeline.tile import Grid
 
 FORMAT_VERSION = 1
 RUN = "run.json"
+FORECAST = "forecast.json"  # may be there before the run is (`maskfleet plan`)
 CARD, WEIGHTS = "bundle/model.json", "bundle/weights.safetensors"
 HEADER_GUESS = 256 * 1024  # one request gets the header of 1024 images (130 kB, STORE §1.3)
 AT_ONCE = 16  # headers read at the same time

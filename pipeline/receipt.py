@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.clock import peak_memory_mb
 from pipeline.finalize import Counts
+from pipeline.forecast import truth
 from pipeline.ledger import Ledger, now
 from pipeline.listing import Listing
 from pipeline.place import Capacity
@@ -27,6 +28,7 @@ def receipt_of(
     ledger: Ledger, counts: Counts, tally: Tally, listing: Listing, capacity: Capacity
 ) -> dict[str, Any]:
     """For people and for programs."""
+    call = {**_done(tally), **_speed(tally, capacity), **_passed(tally, ledger)}
     return {
         "run_id": ledger.run["run_id"],
         "finished": now(),
@@ -36,7 +38,8 @@ def receipt_of(
         "counts": {**asdict(counts), "rejected_total": counts.n_rejected},
         "skipped": dict(sorted(listing.skipped.items())),
         "left_out": listing.left_out,
-        "this_call": {**_done(tally), **_speed(tally, capacity), **_passed(tally, ledger)},
+        "this_call": call,
+        "forecast": truth(ledger.store, tally.answered, call["seconds"]),
     }
 
 

@@ -11,31 +11,27 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from models import Bundle
 from models.training.scores import Boundary, Calibration, Confusion
 from pipeline.batch import Batch
 from pipeline.clock import Clock
 from pipeline.config import SegmentConfig
-from pipeline.create import grid_for
 from pipeline.infer import Segmenter
 from pipeline.labels import LabelledItem, Loader
 from pipeline.layout import N_SLOTS, Layout
-from pipeline.ledger import Ledger, frozen
 from pipeline.line import Line
 from pipeline.measure import RejectedImage
 from pipeline.pictures import decoded
-from pipeline.place import Found
 from pipeline.records import Array, EncodedImage, Receipt, Verdict
 from pipeline.rejections import REJECTED
 from pipeline.run import load, masked
 from pipeline.scoretable import BOUNDARY, EVALUATION
-from pipeline.storage import open_store
 from pipeline.tile import Picture, Rows, Strip, TileAnswer
+from pipeline.unwritten import unwritten
 
 SLOT = 2**22  # nothing is stored; pictures only must not count as too large for their fragment
 
@@ -206,22 +202,12 @@ def scorer_of(
         border: see `Scorer`.
     """
     segmenter = Segmenter.of(bundle, asked)
-    line = _line(asked, segmenter.bundle, segmenter.found(asked.batch.pixels))
-    return Scorer(line, replace(loader, limits=line.limits), segmenter, border)
-
-
-def _line(asked: SegmentConfig, card: Bundle, found: Found) -> Line:
-    """The line of a run that is never written: all the legs need is in its ledger's memory."""
-    wide = max(entry.id for entry in card.classes) >= 255
+    found = segmenter.found(asked.batch.pixels)
+    wide = segmenter.dtype != np.uint8
     dtype, fill = ("uint16", 65535) if wide else ("uint8", 255)
     layout = Layout("flat", dtype, fill, N_SLOTS, SLOT, confidence=True)
-    grid = grid_for(asked, card, found)
-    run = {
-        "config": asked.identity(),
-        "bundle": {"classes": [asdict(entry) for entry in card.classes]},
-        "frozen": frozen(layout, grid, found.budget, found.device),
-    }
-    return Line(Ledger(open_store(asked.out), run), open_store(asked.source), asked, grid)
+    line = unwritten(asked, segmenter.bundle, found, layout)
+    return Scorer(line, replace(loader, limits=line.limits), segmenter, border)
 
 
 def _whole(

@@ -392,7 +392,7 @@ def test_json_logs_are_json_and_the_receipt_is_the_last_word(tmp_path, call):
     assert receipt == json.loads((tmp_path / "out/receipt.json").read_text())
     assert set(receipt) == {
         "run_id", "finished", "model", "task", "round", "counts", "skipped", "left_out",
-        "this_call",
+        "this_call", "forecast",
     }  # fmt: skip
     assert set(receipt["counts"]) == {
         "planned",

@@ -1,0 +1,222 @@
+"""What a run would cost: time, bytes and money, from a few of its pictures (`maskfleet plan`)."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import tyro
+from pydantic import Field
+
+from pipeline.config import SegmentConfig
+from pipeline.create import (
+    first_round,
+    layout_for,
+    pinned,
+    read_bundle,
+    read_card,
+    refuse_strangers,
+)
+from pipeline.errors import RunRefused, StorageMissing
+from pipeline.estimate import Range, Stratum, strata_of, total
+from pipeline.layout import Layout
+from pipeline.ledger import FORECAST, RUN
+from pipeline.listing import Listing
+from pipeline.place import Capacity, Found
+from pipeline.plan import fragments_table
+from pipeline.records import PlannedImage
+from pipeline.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.sampling import Sampled
+
+STRATA = 8
+# Of runs over mixed pictures, 2026-11-28, two cores (benchmarks/RESULTS.md): how much of the time
+# workers are at work, the standard deviation around that, and what passes before they begin.
+EFFICIENCY, SPREAD = 0.93, 0.06
+START_S = {"process": 3.0, "ray": 12.0}
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class PlanConfig(SegmentConfig):
+    """Say what a run over SOURCE would cost; with --out also write it down for that run."""
+
+    out: str = ""
+    """The run folder that is going to be: its receipt then says how true the forecast was."""
+    sample: int = Field(default=64, ge=1)
+    """Pictures that are tried."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of everything the run would use, in any currency."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Machine-readable, one object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run would cost."""
+
+    images: int
+    fragments: int
+    skipped: int
+    megapixels: Range
+    seconds: Range
+    """Of the work, from its first picture to its last commit."""
+    start_s: float
+    """Before that."""
+    bytes_read: int
+    bytes_written: Range
+    """Of masks."""
+    rejected: float
+    """Pictures."""
+    workers: int
+    device: str
+    sampled: int
+    cost: Range | None
+    """Of the whole, start included."""
+
+
+class Workers(Protocol):
+    """A place where pictures are tried."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """See `pipeline.place.Place.capacity`."""
+        ...
+
+    def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
+        """See `pipeline.place.Place.found`."""
+        ...
+
+    def each(self, make: Callable[[], Callable[[In], Out]], items: Sequence[In]) -> Iterator[Out]:
+        """What is made of each item, in any order, by workers that are made there."""
+        ...
+
+
+def forecast(config: PlanConfig, place: Workers) -> Forecast:
+    """List the source, try a few pictures, say what all of them would cost.
+
+    Raises:
+        RunRefused: if there is nothing to plan, or a run already.
+    """
+    out = open_store(config.out) if config.out else None
+    if out is not None:
+        _refuse_begun(out)
+    asked = pinned(config, None)
+    source, listing = open_store(asked.source), Listing()
+    bundle = read_bundle(asked.model)
+    card = read_card(asked, bundle)
+    plan = first_round(asked, source, listing)
+    found = place.found(bundle, plan.images, asked)
+    batch = asked.batch.model_copy(update={"pixels": asked.batch.pixels or found.budget})
+    # Nothing is written there, but the line of a run has a place.
+    asked = asked.model_copy(update={"batch": batch, "out": f"{source.uri}.never-written"})
+    layout = layout_for(asked, source, plan, card)
+    strata = strata_of(plan.table["nbytes"].to_numpy(), STRATA, config.sample)
+    workers = config.compute.workers or place.capacity.gpus or place.capacity.cores
+    tried = _tried(plan.table, strata, place, partial(_sampler, bundle, layout, asked), workers)
+    made = _forecast(config, plan.table, strata, tried, workers, found, listing)
+    if out is not None:
+        out.replace(FORECAST, json.dumps(asdict(made), indent=1).encode() + b"\n")
+    return made
+
+
+def _refuse_begun(out: Store) -> None:
+    refuse_strangers(out)
+    if out.stat(RUN) is not None:
+        raise RunRefused(
+            f"--out {out.uri} holds a run already: `maskfleet status {out.uri}` says how far it is"
+        )
+
+
+def _sampler(
+    bundle: tuple[bytes, bytes], layout: Layout, asked: SegmentConfig
+) -> "Callable[[PlannedImage], Sampled]":
+    from pipeline.sampling import sampler_of  # torch takes seconds: not for a refusal or --help
+
+    return sampler_of(bundle, layout, asked)
+
+
+def _tried(
+    table: pa.Table,
+    strata: list[Stratum],
+    place: Workers,
+    make: "Callable[[], Callable[[PlannedImage], Sampled]]",
+    workers: int,
+) -> "list[list[Sampled]]":
+    """What the chosen pictures of each stratum have cost; in turn, so that none is warmed alone."""
+    names = list(PlannedImage.__dataclass_fields__)
+    rows = np.concatenate([stratum.tried for stratum in strata])
+    images = [PlannedImage(**row) for row in table.take(rows).select(names).to_pylist()]
+    mixed = sorted(range(len(images)), key=lambda i: (i * 7919) % len(images))
+    wanted = [images[i] for i in mixed]
+    # Each worker's first picture also pays for a cold model: it is tried again.
+    found = list(place.each(make, [*wanted[:1] * (2 * workers), *wanted]))
+    least: dict[int, Sampled] = {}
+    for one in found:
+        known = least.get(one.image_id)
+        least[one.image_id] = one if known is None or one.seconds < known.seconds else known
+    ids = [image.image_id for image in images]
+    ends = np.cumsum([len(stratum.tried) for stratum in strata])
+    return [[least[i] for i in part] for part in np.split(np.array(ids), ends[:-1])]
+
+
+def _forecast(
+    config: PlanConfig,
+    table: pa.Table,
+    strata: list[Stratum],
+    tried: "list[list[Sampled]]",
+    workers: int,
+    found: Found,
+    listing: Listing,
+) -> Forecast:
+    def over(name: str, spread: float = 0.0) -> Range:
+        costs = [np.array([getattr(one, name) for one in part], float) for part in tried]
+        return total(strata, costs, spread)
+
+    fragments = fragments_table(table)
+    busy = min(workers, fragments.num_rows)
+    seconds = over("seconds", SPREAD).times(1 / busy / EFFICIENCY)
+    start = START_S["process" if config.on in (None, "process") else "ray"]
+    price = config.price_per_hour
+    whole = Range(seconds.low + start, seconds.expected + start, seconds.high + start)
+    return Forecast(
+        images=table.num_rows,
+        fragments=fragments.num_rows,
+        skipped=sum(listing.skipped.values()),
+        megapixels=over("pixels").times(1e-6),
+        seconds=seconds,
+        start_s=start,
+        bytes_read=int(table["nbytes"].to_numpy().sum()),
+        bytes_written=over("stored"),
+        rejected=over("rejected").expected,
+        workers=workers,
+        device=found.device,
+        sampled=sum(len(part) for part in tried),
+        cost=None if price is None else whole.times(price / 3600),
+    )
+
+
+def truth(store: Store, images: int, seconds: float) -> dict[str, Any] | None:
+    """How true the forecast of a run was that has just done all its images in one call.
+
+    Returns:
+        None where nothing was forecast, or something else was done.
+    """
+    try:
+        said = json.loads(store.read(FORECAST))
+    except StorageMissing:
+        return None
+    if said["images"] != images:
+        return None
+    range_s = Range(**said["seconds"])
+    return {
+        "seconds": asdict(range_s),
+        "actual_seconds": round(seconds, 3),
+        "off": round(seconds / range_s.expected - 1, 4) if range_s.expected else None,
+        "within": range_s.holds(seconds),
+    }

@@ -189,9 +189,15 @@ class Segmenter:
         return answers
 
     def _input(self, tiles: tuple[Tile, ...], height: int, width: int) -> torch.Tensor:
-        """Normalised pixels; padding is 0, the mean."""
+        """x_BCHW: normalised pixels; padding is 0, the mean.
+
+        They go to the device as they are stored, in a quarter of the bytes, and are normalised
+        there.
+        """
         about = self.bundle.input
-        x_BHWC = np.zeros((len(tiles), height, width, about.channels), np.float32)
+        x_BHWC = torch.zeros(
+            (len(tiles), height, width, about.channels), dtype=self._number, device=self.device
+        )
         for tile, x_HWC in zip(tiles, x_BHWC, strict=True):
             values_HWC = tile.values_HWC
             own = about.range if values_HWC.dtype == np.uint16 else None  # 8 bits are 0 to 255
@@ -204,10 +210,18 @@ class Segmenter:
                 values_HWC = np.clip(values_HWC, lo, hi)
             if about.channels == 1 and values_HWC.shape[2] == 3:
                 values_HWC = _luma(values_HWC)
-            part = x_HWC[: tile.height, : tile.width]
-            np.multiply(values_HWC, scale, out=part)
-            part += shift
-        return torch.from_numpy(x_BHWC).to(self.device, self._number).permute(0, 3, 1, 2)
+            floats_HWC = self._on_device(values_HWC).expand(-1, -1, about.channels).contiguous()
+            x_HWC[: tile.height, : tile.width] = _normalised(floats_HWC, scale, shift)
+        return x_BHWC.permute(0, 3, 1, 2)
+
+    def _on_device(self, values_HWC: Array) -> torch.Tensor:
+        """Pixels as float32 on the device; from pinned memory they are copied beside other work."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(values_HWC.astype(np.float32))
+        kind = torch.from_numpy(np.empty(0, values_HWC.dtype)).dtype
+        pinned_HWC = torch.empty(values_HWC.shape, dtype=kind, pin_memory=True)
+        pinned_HWC.numpy()[...] = values_HWC
+        return pinned_HWC.to(self.device, non_blocking=True).to(torch.float32)
 
     def between_fragments(self) -> None:
         """Now and then give back the holes that pictures of many sizes leave in the heap."""
@@ -276,7 +290,7 @@ class Segmenter:
             blank_HW = blank_HW.to(index_HW.device)
             index_HW = index_HW.masked_fill(blank_HW, self.fill)
             sure_HW = sure_HW.masked_fill(blank_HW, 0.0)
-        counts, sums = _counted(index_HW, sure_HW, classes)
+        counts, sums = counted(index_HW, sure_HW, classes)
         labels = index_HW if self._identity else self._renamed(index_HW, blank_HW)
         certainty = (sure_HW * 255).round_().to(torch.uint8).cpu().numpy() if confidence else None
         return Rows(labels.cpu().numpy().astype(self.dtype, copy=False), certainty, counts, sums)
@@ -368,7 +382,32 @@ def upsampled(
     return interpolate(rows_KHw, size=size[1], mode="linear", align_corners=False)
 
 
-def _counted(index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int) -> tuple[Array, Array]:
+def _normalised(values_HWC: torch.Tensor, scale_C: Array, shift_C: Array) -> torch.Tensor:
+    """Values * scale + shift, in place: by whole rows, for three channels would be a short loop.
+
+    (2026-11-28, one thread: 1.2 ms a megapixel; channel by channel 4.8, in numpy 10.2.)
+    """
+    height, width, channels = values_HWC.shape
+    rows_HX = values_HWC.view(height, width * channels)
+    for operation, factor_C in ((rows_HX.mul_, scale_C), (rows_HX.add_, shift_C)):
+        operation(torch.from_numpy(np.tile(factor_C, width)).to(values_HWC.device))
+    return values_HWC
+
+
+def counted(index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int) -> tuple[Array, Array]:
+    """Pixels of each class and the sum of their confidences; what is no class counts nowhere."""
+    if index_HW.device.type != "cpu":
+        return counted_on_gpu(index_HW, sure_HW, classes)
+    # Not torch's bincount, which would first copy the labels to int64.
+    flat, sure = index_HW.numpy().reshape(-1), sure_HW.numpy().reshape(-1)
+    counts = np.bincount(flat, minlength=classes)[:classes]
+    return counts, np.bincount(flat, weights=sure, minlength=classes)[:classes]
+
+
+def counted_on_gpu(
+    index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int
+) -> tuple[Array, Array]:
+    """The same where the pixels are not at hand; class by class the sums do not depend on luck."""
     if classes <= COUNT_BY_CLASS:
         masks = [index_HW == k for k in range(classes)]
         counts = torch.stack([m.count_nonzero() for m in masks])

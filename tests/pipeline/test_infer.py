@@ -130,15 +130,19 @@ def test_class_ids_need_not_be_places_in_the_scores(tmp_path, segmenter):
         assert np.array_equal(other[image_id].counts_K, rows.counts_K)
 
 
-def test_many_classes_are_counted_the_other_way_with_the_same_result(segmenter, monkeypatch):
-    chosen = pictures(nodata=True)
-    plain = answers(segmenter, chosen, 10**9)
+@pytest.mark.parametrize("classes", [2, 11, 150])
+def test_a_gpu_counts_as_a_cpu_does(classes):
+    draws = torch.Generator().manual_seed(classes)
+    index_HW = torch.randint(0, classes - 1, (37, 53), generator=draws).to(torch.uint8)
+    index_HW[:5, :7] = 255  # no data
+    sure_HW = torch.rand(37, 53, generator=draws)
 
-    monkeypatch.setattr(infer, "COUNT_BY_CLASS", 1)
+    counts, sums = infer.counted(index_HW, sure_HW, classes)
 
-    for image_id, rows in answers(segmenter, chosen, 10**9).items():
-        assert np.array_equal(rows.counts_K, plain[image_id].counts_K)
-        np.testing.assert_allclose(rows.confidences_K, plain[image_id].confidences_K)
+    there = infer.counted_on_gpu(index_HW, sure_HW, classes)
+    assert counts.sum() == 37 * 53 - 35
+    assert np.array_equal(counts, there[0])
+    np.testing.assert_allclose(sums, there[1])
 
 
 def test_nodata_is_neither_classified_nor_counted(segmenter):

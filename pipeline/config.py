@@ -56,6 +56,10 @@ class Batch(_Knobs):
     """Padded pixels of a batch at most; default: found by a probe when the run is created."""
     window_mb: int = Field(default=512, ge=1)
     """Decoded megabytes a fragment may hold while its batches fill."""
+    mix: bool = False
+    """Fragments in flight share batches: fuller ones on a GPU where pictures have many sizes, but
+    the last bits of an answer may then depend on what else is in flight. On a CPU: no difference.
+    """
 
 
 class Inference(_Knobs):

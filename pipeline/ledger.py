@@ -143,7 +143,8 @@ class Ledger:
             )
         differ = [
             f"{k} is {a!r} there, {b!r} here"
-            for k, a, b in _differences(self.run["config"], config.identity())
+            # Not as it was written: a knob that is younger than the run had its default.
+            for k, a, b in _differences(self.config.identity(), config.identity())
         ]
         if differ:
             raise RunRefused(

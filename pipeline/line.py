@@ -8,6 +8,7 @@ from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import DecodeLimits
 from pipeline.infer import Segmenter
 from pipeline.ledger import Ledger
+from pipeline.mixing import Mixer
 from pipeline.plan import path_of_round, read_fragment
 from pipeline.records import PlannedImage, Task
 from pipeline.storage import Store, open_store
@@ -22,13 +23,17 @@ class Line:
     source: Store
     config: SegmentConfig
     grid: Grid
+    mixer: Mixer | None = None
+    """Where fragments share batches."""
 
     @classmethod
     def open(cls, run_uri: str, compute: Compute) -> "Line":
         """The line of an existing run."""
         ledger = Ledger.open(open_store(run_uri))
         config = ledger.config.model_copy(update={"compute": compute})
-        return cls(ledger, open_store(config.source), config, ledger.grid)
+        window = config.batch.window_mb * 1024**2
+        shared = Mixer(ledger.budget, window, ledger.grid.align) if config.batch.mix else None
+        return cls(ledger, open_store(config.source), config, ledger.grid, shared)
 
     @property
     def limits(self) -> DecodeLimits:

@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import cast
 
 from pipeline import formats
-from pipeline.batch import Batch, pack
+from pipeline.batch import pack
 from pipeline.careful import segment_carefully
 from pipeline.classify import classify
 from pipeline.clock import Clock
@@ -92,7 +92,7 @@ def segment(
 def masked(
     pictures: Iterable[Picture],
     line: Line,
-    predict: Callable[[Iterable[Batch], bool], Iterator[TileAnswer]],
+    predict: Callable[..., Iterator[TileAnswer]],
     finish: Callable[..., Rows],
     clock: Clock,
 ) -> Iterator[Strip]:
@@ -107,8 +107,11 @@ def masked(
     """
     confidence, window = line.ledger.layout.confidence, line.config.batch.window_mb * 1024**2
     tiles = cut(clock.over("decode", pictures), line.grid)
-    batches = pack(tiles, line.ledger.budget, window, line.grid.align)
-    answers = predict(batches, confidence)
+    if line.mixer is not None:
+        answers = line.mixer.answers(tiles, partial(predict, confidence=confidence))
+    else:
+        batches = pack(tiles, line.ledger.budget, window, line.grid.align)
+        answers = predict(batches, confidence)
     finish = partial(finish, confidence=confidence)
     yield from stitch(clock.over("predict", answers), line.grid, finish)
 

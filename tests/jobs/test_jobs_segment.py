@@ -414,7 +414,7 @@ FLAGS = {
     "--fragment.bytes", "--fragment.images",
     "--decode.max-bytes", "--decode.max-pixels",
     "--tile.size", "--tile.overlap", "--tile.taper",
-    "--batch.pixels", "--batch.window-mb",
+    "--batch.pixels", "--batch.window-mb", "--batch.mix", "--batch.no-mix",
     "--inference.precision", "--inference.compile", "--inference.no-compile",
     "--compute.workers", "--compute.decode-threads", "--compute.fetch-threads", "--compute.device",
     "--compute.image-timeout-s", "--compute.image-memory-mb", "--compute.object-store-mb",

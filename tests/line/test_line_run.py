@@ -22,6 +22,7 @@ from tests import archives, hostile
 from tests.archives import filled, jpeg, png, problems, segment, tree, uniform
 from tests.bundles import InProcess, files_of, window_segmenter
 from tests.pictures import with_orientation
+from tests.runs import content
 
 KEYS = [
     "loose/a.jpg", "loose/b.png", "loose/broken.jpg", "loose/deep.png", "loose/gray.png",
@@ -535,3 +536,12 @@ def test_a_clean_archive_ends_with_exit_0(tmp_path, tiny_bundle):
 
     assert outcome.exit_code == EXIT_DONE
     assert io.BytesIO((tmp_path / "out/overview.png").read_bytes()).read(4) == b"\x89PNG"
+
+
+def test_fragments_that_share_batches_make_the_same_run(finished, tmp_path, tiny_bundle):
+    knobs = {"batch": {"mix": True, "pixels": 10**9}, "fragment": {"images": 2}}
+    workers = {"compute": {"workers": 3}}
+    segment(finished.source, tmp_path / "mixed", tiny_bundle, **knobs, **workers)
+    segment(finished.source, tmp_path / "alone", tiny_bundle, fragment={"images": 2})
+
+    assert content(tmp_path / "mixed") == content(tmp_path / "alone")

@@ -2,6 +2,8 @@
 
 skip       any part of the path starts with ``.``; ends with ``/``; a sidecar suffix or name:
            counted, never rejected
+mask       ``NAME.mask.png`` or ``NAME.seg.png``, a label that lies beside its picture: nothing to
+           segment, counted; those who read labelled data (pairing.py) look for it
 webdataset ``.tar``
 parquet    ``.parquet``, ``.pq``
 image      a picture suffix, ours or foreign (``.svg``, ``.heic``, …), or no suffix at all: decode
@@ -12,7 +14,7 @@ unknown    any other suffix: its first bytes decide between image, shard and ski
 from pathlib import PurePosixPath
 from typing import Literal
 
-Kind = Literal["image", "webdataset", "parquet", "skip", "unknown"]
+Kind = Literal["image", "mask", "webdataset", "parquet", "skip", "unknown"]
 
 OURS = frozenset([
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".dib",
@@ -43,6 +45,8 @@ SIDECAR_NAMES = frozenset([
     "checksums", "md5sums", "sha256sums", "dockerfile",
 ])  # fmt: skip
 
+MASK_ENDINGS = (".mask.png", ".seg.png")
+
 
 def kind_of_name(path: str) -> Kind:
     """The kind a path (or a member name) suggests."""
@@ -54,8 +58,16 @@ def kind_of_name(path: str) -> Kind:
     suffix = "." + name.rpartition(".")[2] if "." in name else ""
     if name in SIDECAR_NAMES or suffix in SIDECARS:
         return "skip"
+    if name.endswith(MASK_ENDINGS):
+        return "mask"
     if suffix == ".tar":
         return "webdataset"
     if suffix in {".parquet", ".pq"}:
         return "parquet"
     return "image" if not suffix or suffix in OURS | FOREIGN else "unknown"
+
+
+def picture_of_mask(path: str) -> str | None:
+    """The picture, less its suffix, that a mask of this name is of; None for all other names."""
+    endings = (end for end in MASK_ENDINGS if path.lower().endswith(end))
+    return next((path[: -len(end)] for end in endings), None)

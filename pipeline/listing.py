@@ -11,7 +11,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import sniff
 from pipeline.keys import escape, path_of
-from pipeline.kinds import kind_of_name
+from pipeline.kinds import kind_of_name, picture_of_mask
 from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
 
@@ -30,9 +30,15 @@ class Listing:
 
 
 def discover(
-    store: Store, config: SegmentConfig, listing: Listing
+    store: Store, config: SegmentConfig, listing: Listing, *, masks: bool = False
 ) -> Iterator[tuple[Found, str, formats.Entry]]:
     """Every image below the source with the format that fetches it, in key order of the objects.
+
+    Args:
+        store: the source.
+        config: what is asked for.
+        listing: learns what was skipped or left out.
+        masks: masks that lie beside their pictures are wanted too, instead of counted.
 
     Raises:
         RunRefused: if the source is not there or the format unknown.
@@ -46,6 +52,8 @@ def discover(
             for entry in entries:
                 if entry.skipped:
                     listing.skipped[f"{name} member"] += 1
+                elif entry.mask and not masks:
+                    listing.skipped["mask"] += 1
                 elif _chosen(key_of(found, entry), config):
                     yield found, name, entry
                 else:
@@ -73,7 +81,8 @@ def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[I
         if name == "skip":
             waiting.append((found, name, ()))
         elif name == "files":
-            waiting.append((found, name, (formats.Entry(None, None, found.nbytes),)))
+            mask = picture_of_mask(found.path) is not None
+            waiting.append((found, name, (formats.Entry(None, None, found.nbytes, mask=mask),)))
         else:
             waiting.append(pool.submit(_indexed, store, found, name))
         while waiting and (isinstance(waiting[0], tuple) or len(waiting) >= LOOK_AHEAD):
@@ -98,6 +107,8 @@ def _format_of_name(found: Found, wanted: str) -> str | None:
     kind = kind_of_name(found.path)
     if not found.regular or kind == "skip":
         return "skip"
+    if kind == "mask":
+        return "files"
     if wanted != "auto":
         return wanted
     return "files" if kind == "image" else None

@@ -20,7 +20,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.formats import Entry, parquet
 from pipeline.keys import escape, path_of, printable
-from pipeline.kinds import OURS, kind_of_name
+from pipeline.kinds import OURS, kind_of_name, picture_of_mask
 from pipeline.listing import Listing, discover, key_of
 from pipeline.ontology import Ontology, read_ontology
 from pipeline.reader import Run, open_run
@@ -29,7 +29,6 @@ from pipeline.storage import Found, Store, open_store
 
 RUN = "run://"
 MASKS_OF_RUN = "?masks="
-MASK_ENDINGS = (".mask.png", ".seg.png")
 NOTES = ("key", "split", "stratum")
 SHOWN = 10
 """Offenders that a refusal names."""
@@ -123,7 +122,7 @@ def without_suffix(key: str) -> str:
 
 def _walk(store: Store, wanted: str) -> Iterator[tuple[Found, str, Entry]]:
     config = SegmentConfig(source=store.uri, out=f"{store.uri}.out", format=wanted)
-    yield from discover(store, config, Listing())
+    yield from discover(store, config, Listing(), masks=True)
 
 
 def _planned(store: Store, place: int, found: Found, name: str, entry: Entry) -> PlannedImage:
@@ -152,7 +151,7 @@ def _of_shards(store: Store) -> Pile:
             images.append(piece)
             masks.append(piece)
             continue
-        mask = next((plan.key[: -len(end)] for end in MASK_ENDINGS if plan.key.endswith(end)), None)
+        mask = picture_of_mask(plan.key)
         piece = Piece(mask or without_suffix(plan.key), plan, plan.key, split)
         (masks if mask else images).append(piece)
     if not masks:

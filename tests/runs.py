@@ -194,12 +194,14 @@ def actors(*above: int) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_S) -> None:
+def until(
+    condition: Callable[[], object], what: str, seconds: float = PATIENCE_S, every: float = 0.005
+) -> None:
     """Return when it holds; fail with what was waited for after that many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 # -- dying on cue --------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ class Entry:
     """``reason: detail`` where it is known already that there will be no mask."""
     skipped: bool = False
     """A sidecar: counted, not an image."""
+    mask: bool = False
+    """The label of a picture beside it: counted, unless labelled data is read."""
 
 
 class Format(Protocol):

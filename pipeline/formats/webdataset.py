@@ -7,6 +7,7 @@ and the rest is one rejected row with the shard's own key, so nothing vanishes s
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from pipeline.fetching import LOST, in_flight, lost, read_span
@@ -24,7 +25,10 @@ MAX_MEMBERS = 10_000_000  # a tar of empty members costs 512 bytes each; beyond 
 
 
 def index(store: Store, found: Found) -> Iterator[Entry]:
-    """Regular members with an image suffix, or none, in the shard's order; others are skipped."""
+    """Regular members with an image suffix, or none, in the shard's order; others are skipped.
+
+    Masks are entries that say so: whoever reads labelled data wants them.
+    """
     seen: dict[str, int] = {}
     try:
         forward = _Forward(store, found)
@@ -32,10 +36,12 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
             for count, member in enumerate(shard):
                 if count >= MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
-                if not member.isreg() or kind_of_name(member.name) != "image":
+                kind = kind_of_name(member.name)
+                if not member.isreg() or kind not in {"image", "mask"}:
                     yield Entry(None, None, 0, skipped=True)
                     continue
-                yield _entry(member, member_part(member.name, seen), found.nbytes)
+                entry = _entry(member, member_part(member.name, seen), found.nbytes)
+                yield replace(entry, mask=kind == "mask")
         if forward.last.strip(b"\0"):  # tarfile takes a header it cannot read for the end
             whole = len(forward.last) == tarfile.BLOCKSIZE
             raise tarfile.ReadError("a header is damaged" if whole else "unexpected end of data")

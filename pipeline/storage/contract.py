@@ -42,6 +42,10 @@ class Store(Protocol):
         """Every object below a folder, in byte order of the path."""
         ...
 
+    def unfinished(self) -> Iterator[Found]:
+        """Parts of objects that are being written, or whose writers were killed: in no listing."""
+        ...
+
     def read(
         self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> bytes:

@@ -15,6 +15,8 @@ from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+PART = ".tmp-"  # begins the name of what is being written
+
 
 class LocalStore:
     """A folder of this machine."""
@@ -49,8 +51,15 @@ class LocalStore:
         for name, entry in inside:
             if name.endswith("/"):
                 yield from self._below(entry.path, shown + name)
-            elif not entry.name.startswith(".tmp-"):
+            elif not entry.name.startswith(PART):
                 yield self._found(entry.path, shown + name)
+
+    def unfinished(self) -> Iterator[Found]:
+        """See `Store.unfinished`."""
+        for folder, _, names in os.walk(self.root):
+            for name in (name for name in names if name.startswith(PART)):
+                path = Path(folder, name)
+                yield self._found(str(path), path.relative_to(self.root).as_posix())
 
     def _found(self, full: str, path: str) -> Found:
         try:
@@ -132,7 +141,7 @@ class LocalStore:
 
     def _written(self, folder: Path, data: bytes) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        made = folder / f".tmp-{secrets.token_hex(8)}"
+        made = folder / f"{PART}{secrets.token_hex(8)}"
         try:
             with made.open("xb") as file:
                 file.write(data)

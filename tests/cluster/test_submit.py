@@ -1,4 +1,4 @@
-"""`maskfleet submit`, `jobs` and `schedule tick` against two Ray nodes that people start."""
+"""`maskfleet submit`, `jobs` and `schedule` against two Ray nodes that people start."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,18 +17,29 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
+from jobs._ray import RayJobs, working_folder
+from pipeline.errors import EXIT_DONE, EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
+from pipeline.rounds import Rounds
 from pipeline.schedule import Spec
+from pipeline.scheduler import Scheduler
 from pipeline.storage import open_store
+from pipeline.submission import OnCluster
 from pipeline.timetable import Timetable
-from tests import runs
+from tests import learning, runs
 from tests.s3server import free_ports
+from tests.schedules import Clock
 
 PORTS = ["port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port",
          "object-manager-port", "node-manager-port", "runtime-env-agent-port",
          "metrics-export-port"]  # fmt: skip
+HASTY = {
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    "RAY_worker_niceness": "0",  # 15 by default: beside other work that is next to nothing
+}
 WAITS = ["schedule", "run"]
 """A job that lasts until it is stopped: a scheduler of nothing."""
 
@@ -79,7 +91,7 @@ def node(folder: Path, *words: str) -> Iterator[None]:
             [sys.executable, "-c", START, "start", "--block",
              "--node-ip-address=127.0.0.1", "--object-store-memory=150000000",
              f"--temp-dir={folder}", *words],
-            env={**os.environ, "PATH": path, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"},
+            env={**os.environ, "PATH": path, **HASTY},
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
@@ -189,8 +201,8 @@ def scheduled(folder: Path, **more: object) -> None:
     Timetable(open_store(str(folder))).change("nightly", 0, Spec(**spec, since=since))
 
 
-def history(folder: Path) -> list[object]:
-    return [record.outcome for record in Timetable(open_store(str(folder))).history("nightly")]
+def history(folder: Path, name: str = "nightly") -> list[object]:
+    return [record.outcome for record in Timetable(open_store(str(folder))).history(name)]
 
 
 @pytest.mark.timeout(300)
@@ -221,3 +233,105 @@ def test_a_scheduler_is_itself_a_job_and_its_children_run_beside_it(head, finish
 def test_a_job_that_is_refused_says_so(head, tmp_path):
     out, _ = ours("submit", "--address", head, "status", str(tmp_path), code=EXIT_REFUSED)
     assert "holds no run" in out
+
+
+# -- the whole loop ------------------------------------------------------------------------------
+
+
+class Weeks:
+    """A scheduler whose clock is set from one Monday to the next."""
+
+    def __init__(self, schedules: Path) -> None:
+        self._clock = Clock(datetime.now(UTC))
+        self.said: list[str] = []
+
+        def runner(address: str | None) -> OnCluster:
+            return OnCluster(RayJobs(address, working_folder()))
+
+        timetable = Timetable(open_store(str(schedules)))
+        scheduler = Scheduler(timetable, runner, self.said.append, now=self._clock.now)
+        self._rounds = Rounds(scheduler, self.said.append, self._pause)
+
+    def _pause(self, seconds: float) -> bool:
+        time.sleep(1.0)
+        return False
+
+    def next(self) -> None:
+        """A week passes."""
+        self._clock.jump(timedelta(days=7))
+
+    def tick(self, *, wait: bool = True) -> int:
+        return self._rounds.tick(["weekly"], wait=wait)
+
+
+def checkpoints(registry: Path) -> set[Path]:
+    return set(registry.glob("trainings/*/call-*/*/state.json"))
+
+
+def driver_of(registry: Path) -> psutil.Process:
+    """The command of a job: not the shell that Ray starts it with."""
+    (found,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"jobs.retrain", str(registry)} <= set(process.info["cmdline"] or ())
+    )
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_a_scheduled_retraining_promotes_refuses_and_survives_a_kill_while_the_labels_grow(
+    head, tmp_path
+):
+    data, registry = learning.folder(tmp_path / "data", 30), tmp_path / "registry"
+    when = ("--cron", "0 3 * * MON", "--retries", "1", "--retry-after-s", "0", "--address", head)
+    job = [
+        *("retrain", data, "--out", registry, "--name", "blobs", "--model", learning.MODEL),
+        *(*learning.RECIPE, "--share", "0.4", "--rules.images", "5", "--rules.resamples", "200"),
+        *("--on", "auto", "--workers", "2"),
+        *("--compute.workers", "1"),  # every further one imports torch
+    ]
+    schedules = tmp_path / "schedules"
+    ours("schedule", "add", str(schedules), "weekly", *when, "--", *map(str, job), code=0)
+    weeks = Weeks(schedules)
+
+    assert weeks.tick() == EXIT_DONE  # nothing is due before the first Monday
+    assert history(schedules, "weekly") == []
+    weeks.next()
+    assert weeks.tick() == EXIT_DONE, weeks.said
+    learning.add(data, range(30, 42), shuffled=True)
+    weeks.next()
+    assert weeks.tick() == EXIT_DONE, weeks.said
+    learning.add(data, range(42, 60))
+    weeks.next()
+    before = checkpoints(registry)
+    weeks.tick(wait=False)
+    runs.until(lambda: checkpoints(registry) - before, "a checkpoint", 300, every=0.1)
+    driver_of(registry).kill()
+    assert weeks.tick() == EXIT_DONE, weeks.said
+
+    assert history(schedules, "weekly") == [EXIT_DONE, EXIT_DONE, EXIT_UNFINISHED, EXIT_DONE]
+    mine = [job for job in listed(head).values() if job["metadata"].get("schedule") == "weekly"]
+    assert len(mine) == 4
+    first, second, third = records(registry)
+    assert first["verdict"] == "promote"
+    assert second["verdict"] in ("refuse", "undecided")
+    assert second["champion"] == first["candidate"]
+    assert third["champion"] == first["candidate"]
+    assert (second["new"], third["new"]) == (12, 30)
+    steps, calls = training_of(registry, third)
+    assert steps == list(range(1, learning.STEPS + 1))
+    assert calls == 2, "the killed driver's checkpoints were not gone on from"
+
+
+def records(registry: Path) -> list[dict]:
+    """What the rounds wrote down, in order."""
+    found = registry.glob("retrainings/*/record.json")
+    return sorted((json.loads(path.read_text()) for path in found), key=lambda one: one["when"])
+
+
+def training_of(registry: Path, record: dict) -> tuple[list[int], int]:
+    """The steps of a round's training, and how many calls its checkpoints are of."""
+    version = json.loads((registry / record["candidate"] / "version.json").read_text())
+    folder = registry / "trainings" / version["training"]
+    steps = pq.read_table(folder / "history.parquet")["step"].to_pylist()
+    return steps, len({path.parents[1] for path in folder.glob("call-*/*/state.json")})

@@ -294,6 +294,51 @@ def test_bfloat16_learns_about_the_same():
     assert next(net().parameters()).dtype == torch.float32
 
 
+class _Unsteady(torch.autograd.Function):
+    """Hands on what it gets; gradients of such types are lost on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, *lost):
+        ctx.lost = lost
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ill = gradient.dtype in ctx.lost
+        return torch.full_like(gradient, torch.nan) if ill else gradient, *(None for _ in ctx.lost)
+
+
+def unsteady(*lost):
+    """A net with dropout, so that a step that is taken again must draw again what it drew."""
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return _Unsteady.apply(x, *lost)
+
+    layers = net(dropout=0.5)
+    return nn.Sequential(*layers[:4], Layer(), layers[4])
+
+
+def test_steps_whose_gradients_are_no_numbers_in_bfloat16_are_taken_in_float32():
+    recipe = short(6, bf16=True, frozen_statistics=True)
+    ill, plain = unsteady(torch.bfloat16), unsteady()
+
+    losses, expected = (
+        [moment.loss for moment in fit(model, batches(6), each)]
+        for model, each in ((ill, recipe), (plain, replace(recipe, bf16=False)))
+    )
+
+    assert losses == expected
+    assert torch.equal(weights_of(ill), weights_of(plain))
+
+
+def test_gradients_that_are_no_numbers_in_float32_either_end_a_training():
+    training = Fit(unsteady(torch.bfloat16, torch.float32), short(6, bf16=True))
+
+    with pytest.raises(Diverged, match="gradient norm nan"):
+        list(training.steps(batches(6)))
+
+
 # parts of a step
 
 

@@ -1,13 +1,14 @@
 """States on storage: the furthest whole one is found, whatever happened to the others."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from models.training.states import State
-from pipeline.checkpoints import Checkpoints
+from pipeline.checkpoints import ABANDONED_S, Checkpoints
 from pipeline.errors import StorageBusy
 from pipeline.patience import patiently
 from pipeline.storage import LocalStore
@@ -184,6 +185,80 @@ def test_other_objects_of_a_training_are_no_checkpoints(place, checkpoints):
     assert checkpoints.newest() is None
     assert (place / "training.json").exists()
     assert (place / "call-a/x/state.json").exists()
+
+
+# what killed writers leave
+
+
+def half(place: Path, folder: str, *, name: str = WEIGHTS, ago: float = ABANDONED_S + 60) -> str:
+    """A file of a state that never became whole, written a while before now."""
+    path = place / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half")
+    when = path.stat().st_mtime - ago
+    os.utime(path, (when, when))
+    return f"{folder}/{name}"
+
+
+def files(place: Path) -> set[str]:
+    found = (path for path in place.rglob("*") if path.is_file())
+    return {path.relative_to(place).as_posix() for path in found}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, ".tmp-0123"])
+def test_what_killed_writers_left_is_removed_once_it_lies_behind(place, checkpoints, name):
+    behind, beside = (half(place, f"call-dead/{done:09d}", name=name) for done in (8, 12))
+    beyond = half(place, "call-dead/000000016", name=name)
+    saved(checkpoints, 12)
+
+    checkpoints.prune()
+
+    assert files(place) & {behind, beside, beyond} == {beyond}
+    saved(checkpoints, 16)
+    checkpoints.prune()
+    assert folders(place) == {"call-a/000000012", "call-a/000000016"}
+    assert files(place) == {f"{one}/{name}" for one in folders(place) for name in (WEIGHTS, FACTS)}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, ".tmp-0123"])
+def test_what_another_writer_may_be_writing_is_left_alone(place, checkpoints, name):
+    writing = half(place, "call-b/000000008", name=name, ago=ABANDONED_S - 60)
+    saved(checkpoints, 12)
+
+    checkpoints.prune()
+
+    assert writing in files(place)
+
+
+def test_nothing_is_removed_before_there_is_a_whole_state(place, checkpoints):
+    left = half(place, "call-dead/000000008")
+
+    checkpoints.prune()
+
+    assert files(place) == {left}
+
+
+def test_a_whole_state_is_kept_however_old_it_is(place, checkpoints):
+    (folder,) = saved(checkpoints, 8)
+    for name in (WEIGHTS, FACTS):
+        os.utime(folder / name, (1e9, 1e9))
+    saved(checkpoints, 12)
+
+    checkpoints.prune()
+
+    assert folders(place) == {"call-a/000000008", "call-a/000000012"}
+    assert checkpoints.newest(at_most=8).done == 8
+
+
+def test_a_state_that_a_killed_prune_left_half_removed_is_removed(place, checkpoints):
+    (folder,) = saved(checkpoints, 4)
+    (folder / FACTS).unlink()
+    os.utime(folder / WEIGHTS, (1e9, 1e9))
+    saved(checkpoints, 8)
+
+    checkpoints.prune()
+
+    assert files(place) == {f"call-a/000000008/{name}" for name in (WEIGHTS, FACTS)}
 
 
 # a store that is away

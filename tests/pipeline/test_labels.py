@@ -15,6 +15,7 @@ from pipeline.errors import ImageRejected, RunRefused
 from pipeline.labels import LabelledSet, check, fragments, hashed_share, open_labelled
 from pipeline.ontology import read_ontology
 from pipeline.pairing import split_of_path, without_suffix
+from pipeline.reader import open_run
 from tests.archives import filled, jpeg, png, segment
 from tests.labelled import (
     ONTOLOGY,
@@ -125,6 +126,19 @@ def test_tars_tables_and_loose_pairs_may_lie_side_by_side(tmp_path):
     filled(tmp_path, {"t.tar": shard(both), "u.parquet": table(both), **loose, **about()})
 
     assert len(open_labelled(str(tmp_path)).items) == 9
+
+
+def test_a_run_over_labelled_pictures_has_their_keys_and_no_masks(tmp_path):
+    both = pairs()
+    image, mask = both["a.jpg"]
+    loose = {"x/a.jpg": image, "x/a.seg.png": mask}
+    data = filled(tmp_path / "data", {"t.tar": shard(both), **loose, **about()})
+
+    outcome = segment(data, tmp_path / "run", "demo")
+
+    images = open_run(str(tmp_path / "run")).images
+    assert sorted(images["key"].to_pylist()) == keys(open_labelled(str(data)))
+    assert outcome.receipt["skipped"] == {".json": 1, "mask": 5}
 
 
 def test_only_the_corrected_pictures_of_a_run_are_labelled(run, tmp_path):

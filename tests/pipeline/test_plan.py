@@ -121,6 +121,31 @@ def test_sidecars_are_counted_by_suffix_and_never_planned(tmp_path):
     }  # fmt: skip
 
 
+MASKED = {
+    "a.jpg": b"1", "a.mask.png": b"2", "b/c.png": b"3", "b/c.SEG.png": b"4",
+    "s.tar": tar_of({"x.jpg": b"5", "x.mask.png": b"6", "x.cls": b"7"}),
+}  # fmt: skip
+
+
+def test_masks_beside_pictures_are_counted_and_never_planned(tmp_path):
+    listing = Listing()
+
+    table = planned(archive(tmp_path, MASKED), listing=listing)
+
+    assert table["key"].to_pylist() == ["a.jpg", "b/c.png", "s.tar#x.jpg"]
+    assert dict(listing.skipped) == {"mask": 3, "webdataset member": 1}
+
+
+def test_a_mask_stays_one_whatever_format_is_asked_for(tmp_path):
+    store = archive(tmp_path, {name: MASKED[name] for name in ("a.mask.png", "s.tar")})
+    listing = Listing()
+
+    table = planned(store, listing=listing, format="webdataset")
+
+    assert table["key"].to_pylist() == ["s.tar#x.jpg"]
+    assert dict(listing.skipped) == {"mask": 2, "webdataset member": 1}
+
+
 def test_include_and_exclude_are_globs_over_whole_keys(tmp_path):
     store = archive(
         tmp_path,

@@ -93,6 +93,17 @@ def test_temporary_files_of_a_killed_writer_are_not_listed(store):
     assert paths(store) == ["x"]
 
 
+def test_temporary_files_are_what_is_unfinished_until_they_are_deleted(store):
+    store.create("a/x", b"1")
+    for name in ("a/.tmp-0123", ".tmp-4567"):
+        (store.root / name).write_bytes(b"half")
+
+    assert sorted(found.path for found in store.unfinished()) == [".tmp-4567", "a/.tmp-0123"]
+    store.delete("a/.tmp-0123")
+    assert [(found.path, found.nbytes) for found in store.unfinished()] == [(".tmp-4567", 4)]
+    assert list(LocalStore(store.root / "nowhere").unfinished()) == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount the small file system")
 def test_a_full_disk_is_said_to_be_full_and_leaves_nothing_behind(tmp_path):
     disk = tmp_path / "disk"

@@ -36,10 +36,16 @@ def shown(word: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else word
 
 
+def module() -> str:
+    """The benchmark that runs, as `python -m` knows it: a file or a package of this folder."""
+    path = Path(sys.argv[0]).with_suffix("")
+    return f"benchmarks.{path.parent.name if path.name == '__main__' else path.name}"
+
+
 def record(title: str, lines: list[str]) -> None:
     """Print the lines and append them to RESULTS.md."""
     date = datetime.now(UTC).date().isoformat()
-    words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(shown, sys.argv[1:])]
+    words = ["python", "-m", module(), *map(shown, sys.argv[1:])]
     command = shlex.join(words)
     text = "\n".join(
         [

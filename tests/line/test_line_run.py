@@ -441,14 +441,14 @@ def test_of_a_hostile_archive_every_file_is_accounted_for(tmp_path, tiny_bundle)
     alone = filled(tmp_path / "alone", good)
     segment(alone, tmp_path / "expected", tiny_bundle)
     source = filled(tmp_path / "in", good)
-    for name, (content, _) in hostile.cases().items():
+    for name, (broken, _) in hostile.cases().items():
         path = (
             (source / name)
             if isinstance(name, str)
             else source.joinpath(name.decode("utf-8", "surrogateescape"))
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        path.write_bytes(broken)
 
     outcome = segment(source, tmp_path / "out", tiny_bundle, fragment={"images": 64})
 

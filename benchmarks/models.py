@@ -1,7 +1,10 @@
 """Plain against folded, compiled and bfloat16 forms of the models; ratios inside one run.
 
     python -m benchmarks.models [NAME:VARIANT...] [--sides 128 512 1024] [--threads 1 2]
+    python -m benchmarks.models latent_attention:seed --forms written plain folded bf16
     python -m benchmarks.models --device cuda      # batches to saturation, CUDA graphs, peaks
+
+`written` is the seed as its document writes it (benchmarks/tutorial.py).
 
 Forms take turns, the best time of each counts. `labels` is the share of pixels whose class differs
 from the plain form's: weights are drawn at random, which is harder than trained ones (many near
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 import models
 from benchmarks.record import record
+from benchmarks.tutorial import AsWritten
 from pipeline.infer import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +70,7 @@ def forms(model: nn.Module, wanted: list[str]) -> list[Form]:
     """The forms of a model that are asked for."""
     folded = model.folded()
     made = {
+        "written": lambda: Form("written", AsWritten(model)),
         "plain": lambda: Form("plain", model),
         "folded": lambda: Form("folded", folded),
         "compiled": lambda: Form("compiled", compiled(deepcopy(folded))),

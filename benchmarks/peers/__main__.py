@@ -9,17 +9,18 @@ pictures as members of tar files, 100 in each. Forms are those of the model that
 plain, as a bundle is loaded; folded, with our folding, memory format and allocator settings.
 Entrants of ours: process and local are `--on`, bf16 is `--inference.precision bf16`.
 
-Every run is a whole command in a process of its own, with settings that `--tune` found before on
-the same kind of corpus (settings.json). No ratio is reported of an entrant whose pixel counts
-differ from ours in more than a 10,000th; bf16, which is another arithmetic, excepted.
-Reported: medians of pictures/s, and ours divided by theirs. What is shared, and what was done in
-the peers' favour, is said in `benchmarks/peers/__init__.py`.
+In an environment with `.[bench]`. Every run is a whole command in a process of its own, with
+settings that `--tune` found before on the same kind of corpus (settings.json). No ratio is reported
+of an entrant whose pixel counts differ from ours in more than a 10,000th; bf16, which is another
+arithmetic, excepted. Reported: medians of pictures/s, and ours divided by theirs. What is shared,
+and what was done in the peers' favour, is said in `benchmarks/peers/__init__.py`.
 """
 
 import argparse
 import statistics
 import tempfile
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
@@ -37,7 +38,7 @@ TILE = 1024  # sides above are cut by default
 def upright(path: Path) -> bool:
     """Whether a picture is stored upright: neither `read_images` nor Daft turn what is not."""
     with Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1) == 1
+        return image.getexif().get(ORIENTATION) not in range(2, 9)
 
 
 def corpus_of(name: str, given: Namespace, folder: Path) -> Corpus:
@@ -77,7 +78,7 @@ def tune(corpus: Corpus, given: Namespace) -> list[str]:
     """The peers' best settings; the lines of the record."""
     ours = Entrant("process", "folded").run(corpus, given.model).counts
     lines = [
-        f"{corpus.name}: {corpus.pictures} pictures",
+        about(corpus),
         "",
         "| peer | model | settings | whole command, pictures/s | pixels that differ |",
         "|---|---|---|---|---|",
@@ -86,6 +87,13 @@ def tune(corpus: Corpus, given: Namespace) -> list[str]:
         for peer in (name for name in PEERS if name in given.entrants):
             lines += tuned(peer, form, corpus, given, ours)
     return lines
+
+
+def about(corpus: Corpus) -> str:
+    """What was segmented, and by which versions."""
+    whole = f", ours with {' '.join(corpus.whole)}" if corpus.whole else ""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "daft", "torch", "pyarrow"))
+    return f"{corpus.name}: {corpus.pictures} pictures{whole}; {versions}"
 
 
 def checked(entrant: Entrant, finish: Finish, ours: Finish) -> float:
@@ -110,9 +118,8 @@ def told(
     medians = {
         entrant: (_median(f, "whole"), _median(f, "steady")) for entrant, f in finishes.items()
     }
-    whole = f", ours with {' '.join(corpus.whole)}" if corpus.whole else ""
     lines = [
-        f"{corpus.name}: {corpus.pictures} pictures{whole}",
+        about(corpus),
         "",
         (
             "| entrant | model | settings | whole command, pictures/s | first to last"

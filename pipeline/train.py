@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from models.training.recipes import Recipe
-from pipeline import history
+from pipeline import history, trackers
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import Compute
 from pipeline.errors import RunRefused, StorageError, StorageMissing
@@ -36,7 +36,6 @@ from pipeline.rejections import rejected
 from pipeline.storage import Store, open_store
 from pipeline.tables import write_table
 from pipeline.telling import as_line, shown
-from pipeline.trackers import needed, to_mlflow, to_tensorboard
 from pipeline.train_config import TrainConfig
 from pipeline.training import Team, Work, finished, here, settled, work
 from pipeline.training_plan import (
@@ -90,7 +89,7 @@ def train(
         RunRefused: it cannot be done as asked, or the loss is no number any more.
     """
     checked_name(config.name, "the name of a model")
-    _refuse_missing(config)
+    trackers.expect(config.tensorboard, config.mlflow, config.name)
     labelled = labelled or opened(config)
     learnt, look = roles(config, labelled)
     start = start_of(config, labelled.ontology)
@@ -111,14 +110,6 @@ def train(
     _train(job, store, config, trainers)
     version = _publish(config, registry, store, training, job, labelled.among(look.items), trainers)
     return Trained(version, store.uri, fresh=True)
-
-
-def _refuse_missing(config: TrainConfig) -> None:
-    """Refuse trackers that are not installed before hours are spent."""
-    if config.tensorboard is not None:
-        needed("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-    if config.mlflow is not None:
-        needed("mlflow", "mlflow", "--mlflow")
 
 
 # ------------------------------------------------------------------------------------ its folder
@@ -277,11 +268,11 @@ def _publish(
         recipe=record["recipe"],
         metrics=metrics,
     )
-    _tracked(config, rows, metrics)
     version = registry.publish(config.name, bundle, origin)
     current = registry.current(CANDIDATE)
     if current is None or current.version != version.path:
         registry.move(CANDIDATE, version, current, f"trained as {training}")
+    trackers.tell(config.tensorboard, config.mlflow, config.name, training, rows, metrics)
     store.replace("result.json", json.dumps({"version": version.path}).encode())
     return version
 
@@ -300,11 +291,3 @@ def _measured(
         compute=config.compute,
     )
     return evaluate(asked, look, trainers)
-
-
-def _tracked(config: TrainConfig, rows: Sequence[history.Row], metrics: dict[str, Any]) -> None:
-    """The same for those who look elsewhere."""
-    if config.tensorboard is not None:
-        to_tensorboard(config.tensorboard, rows)
-    if config.mlflow is not None:
-        to_mlflow(config.mlflow, config.name, rows, metrics)

@@ -47,7 +47,8 @@ class Training(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     """Of torch in each worker on CPUs; default: all cores, shared by the workers of a machine."""
     tensorboard: str | None = None
-    """A folder for TensorBoard's event files (needs the tensorboard package)."""
+    """A folder for TensorBoard's event files, one below it for each training (needs the tensorboard
+    package)."""
     mlflow: str | None = None
     """The URI of an MLflow tracking server (needs the mlflow package)."""
     log: Literal["text", "json"] = "text"

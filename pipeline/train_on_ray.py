@@ -5,6 +5,10 @@ coloured (trainset.py), and rows come in the order of the steps, as many to each
 starts the workers, notices when one is lost, and starts them again, as many as there is room for;
 then the data set is made anew from the furthest whole checkpoint. Which worker gets which part does
 not matter: gradients are summed over all parts of a step.
+
+Ray Train hears where checkpoints are and has none of its own: of each one its controller would make
+a note on storage, and end the training where that is away for a moment; and it would remove what
+`Checkpoints` has removed already, which it takes for a failure as well.
 """
 
 # Ray Data types a leg as a function of one batch, though `fn_args` gives it more.
@@ -12,13 +16,13 @@ not matter: gradients are summed over all parts of a step.
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from typing import Any, cast
 
-from pipeline.checkpoints import KEPT, Checkpoints
+from pipeline.checkpoints import Checkpoints
 from pipeline.cluster import OnRay, forwarded, in_our_words, with_settings
 from pipeline.errors import RunRefused, RunUnfinished
-from pipeline.storage import open_store
 from pipeline.telling import Progress
 from pipeline.training import Team, Work, steps_of, work
 from pipeline.trainset import Part
@@ -31,15 +35,7 @@ import numpy as np
 import ray
 import ray.data as rd
 import ray.train
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
-    DataConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -59,37 +55,33 @@ class TrainOnRay(OnRay):
         gpus = self.gpus
         held = {"CPU": self._cpus(most)} | ({"GPU": 1} if gpus else {})
         self._refuse_no_room(held, least)
-        folder, _, training = job.uri.rpartition("/")
-        filesystem, path = open_store(f"{folder}/{training}").arrow()
         options = rd.ExecutionOptions(preserve_order=True)
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": job, "settings": forwarded(), "cuda": bool(gpus)},
-            datasets={"parts": functools.partial(_parts, job, forwarded())},
-            dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=most if most == least else (least, most),
-                use_gpu=bool(gpus),
-                resources_per_worker=held,
-                # GPUs side by side share their links; CPUs side by side are each other's rivals.
-                placement_strategy="PACK" if gpus else "SPREAD",
-                elastic_resize_monitor_interval_s=RESIZE_S,
-            ),
-            run_config=RunConfig(
-                name=job.call,
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=LOST),
-                checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-            ),
-        )
-        with in_our_words():
+        with tempfile.TemporaryDirectory(prefix="maskfleet-") as notes, in_our_words():
+            trainer = TorchTrainer(
+                _work,
+                train_loop_config={"job": job, "settings": forwarded(), "cuda": bool(gpus)},
+                datasets={"parts": functools.partial(_parts, job, forwarded())},
+                dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
+                torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=most if most == least else (least, most),
+                    use_gpu=bool(gpus),
+                    resources_per_worker=held,
+                    # GPUs side by side share their links; CPUs are each other's rivals.
+                    placement_strategy="PACK" if gpus else "SPREAD",
+                    elastic_resize_monitor_interval_s=RESIZE_S,
+                ),
+                run_config=RunConfig(
+                    name=job.call,
+                    storage_path=notes,  # a mark that it can be written to, and nothing else
+                    failure_config=FailureConfig(max_failures=LOST),
+                ),
+            )
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
                 raise RunUnfinished(f"{error}; run the same command again") from error
-        return (result.metrics or {}).get("refused")
+        return result.return_value
 
     def _cpus(self, workers: int) -> float:
         """CPUs a worker holds: all of them on one node leave half of it to make their parts.
@@ -169,12 +161,11 @@ def _feed(begin: int) -> Iterator[Part]:  # noqa: ARG001 - `_parts` begins at th
 # ---------------------------------------------------------------------------------- the workers
 
 
-def _work(config: dict[str, Any]) -> None:
-    """What Ray Train runs in every worker."""
+def _work(config: dict[str, Any]) -> str | None:
+    """What Ray Train runs in every worker; it hands on what the first one returns."""
     job, cuda = config["job"], config["cuda"]
     with_settings(config["settings"])
-    refusal = work(job, _team(cuda=cuda), _feed, _report(job))
-    ray.train.report({"refused": refusal})
+    return work(job, _team(cuda=cuda), _feed, _report)
 
 
 def _team(*, cuda: bool) -> Team:
@@ -203,18 +194,7 @@ def _team(*, cuda: bool) -> Team:
     )
 
 
-def _report(job: Work) -> Callable[[Progress, str | None], None]:
-    """Tell Ray Train, and whoever watches it, how far it is."""
-
-    def report(progress: Progress, folder: str | None) -> None:
-        checkpoint = None
-        if folder:  # of the first worker; it is on storage already
-            filesystem, path = open_store(f"{job.uri}/{folder}").arrow()
-            checkpoint = Checkpoint(path, filesystem)
-        ray.train.report(
-            {"step": progress.step, "loss": progress.loss, "miou": progress.miou},
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
-
-    return report
+def _report(progress: Progress, folder: str | None) -> None:
+    """Tell Ray Train, and whoever watches it, how far it is; all workers at once."""
+    told = {"step": progress.step, "loss": progress.loss, "miou": progress.miou}
+    ray.train.report({**told, "checkpoint": folder})

@@ -83,6 +83,7 @@ def _clean(environment: os._Environ[str], home: Path) -> None:
             # would otherwise listen on the machine's outside address; two_ray_nodes makes sure.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # with its 15, workers get next to nothing beside others
             # Explicitly, because unset it depends on whether some token file exists.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),

@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeline.errors import StorageError
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,4 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens if it is not there."""
-        ...
-
-    def arrow(self) -> tuple["FileSystem", str]:
-        """The root for those who speak Arrow's file systems (Ray Train), and its path there."""
         ...

@@ -6,14 +6,11 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from pipeline.errors import RunRefused, StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.keys import printable
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 PART = ".tmp-"  # begins the name of what is being written
 
@@ -27,12 +24,6 @@ class LocalStore:
 
     def _at(self, path: str) -> Path:
         return self.root / path if path else self.root
-
-    def arrow(self) -> "tuple[FileSystem, str]":
-        """See `Store.arrow`."""
-        from pyarrow.fs import LocalFileSystem
-
-        return LocalFileSystem(), self.uri
 
     def list(self, prefix: str = "") -> Iterator[Found]:
         """See `Store.list`. Links to files inside the root are followed, all others are not."""

@@ -7,14 +7,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pipeline.errors import StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.keys import printable
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 T = TypeVar("T")
 
@@ -33,20 +30,6 @@ class S3Store:
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
-
-    def arrow(self) -> "tuple[FileSystem, str]":
-        """See `Store.arrow`. Holds endpoint and region, never who we are.
-
-        Arrow's own client sends bodies in chunks without a length, which Ceph refuses (411).
-        """
-        import s3fs
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        endpoint, region = _connection().place()
-        where = {"endpoint_url": endpoint, "region_name": region}
-        files = s3fs.S3FileSystem(use_listings_cache=False, client_kwargs=where)
-        path = f"{self.bucket}/{self.prefix}" if self.prefix else self.bucket
-        return PyFileSystem(FSSpecHandler(files)), path
 
     def list(self, prefix: str = "") -> Iterator[Found]:
         """See `Store.list`."""
@@ -215,11 +198,6 @@ class _Connection:
                 "retries": {"mode": "standard", "total_max_attempts": 1},
             },
         )
-
-    def place(self) -> tuple[str, str]:
-        """Endpoint and region, as botocore found them."""
-        client: Any = self._sync(self._files.loop, self._files.set_session)
-        return client.meta.endpoint_url, client.meta.region_name
 
     async def call(self, method: str, **arguments: Any) -> Any:  # noqa: ANN401 - botocore's
         """One request, no retries: those are `_patiently`'s, which knows what was asked."""

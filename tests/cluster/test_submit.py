@@ -36,10 +36,6 @@ from tests.schedules import Clock
 PORTS = ["port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port",
          "object-manager-port", "node-manager-port", "runtime-env-agent-port",
          "metrics-export-port"]  # fmt: skip
-HASTY = {
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
-    "RAY_worker_niceness": "0",  # 15 by default: beside other work that is next to nothing
-}
 WAITS = ["schedule", "run"]
 """A job that lasts until it is stopped: a scheduler of nothing."""
 
@@ -91,7 +87,7 @@ def node(folder: Path, *words: str) -> Iterator[None]:
             [sys.executable, "-c", START, "start", "--block",
              "--node-ip-address=127.0.0.1", "--object-store-memory=150000000",
              f"--temp-dir={folder}", *words],
-            env={**os.environ, "PATH": path, **HASTY},
+            env={**os.environ, "PATH": path, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"},
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import EXIT_DONE, EXIT_REFUSED
 from pipeline.storage import open_store
 from tests import learning, runs
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def trained(*words: object) -> str:
+def trained(*words: object, code: int = EXIT_DONE) -> runs.Command:
     with runs.command([*map(str, words)], job="train") as driver:
-        code = driver.ended(240)
-        assert code == 0, driver.out + driver.err
-    return driver.out
+        assert driver.ended(240) == code, driver.out + driver.err
+    return driver
 
 
 def losses(store) -> np.ndarray:
@@ -43,4 +44,16 @@ def test_two_workers_on_two_nodes_and_a_bucket_learn_what_one_process_learns(
 
     assert len(alone) == learning.STEPS
     np.testing.assert_allclose(shared, alone, rtol=2e-4)
-    assert "made before" in trained(*words, "--out", there, *on_ray)
+    assert "made before" in trained(*words, "--out", there, *on_ray).out
+
+
+def test_a_loss_that_is_no_number_ends_it_on_a_cluster_too(ray_two_nodes, tmp_path):
+    data = learning.folder(tmp_path / "data", 12)
+    diverging = ("--set", "rate.peak=1e3", "--set", "rate.warmup=12", "--every", "1")
+    words = [data, *learning.WORDS, *diverging, "--name", "blobs", "--out", tmp_path / "r"]
+
+    told = trained(*words, "--on", ray_two_nodes.address, code=EXIT_REFUSED)
+
+    assert "refused: step " in told.err
+    assert Path(told.err.strip().rpartition("; that state is ")[2]).is_dir()
+    assert not (tmp_path / "r" / "blobs").exists()

@@ -1,7 +1,6 @@
 """Every step of a training: once each, whatever was done twice, as rows and as curves."""
 
 import io
-import json
 import os
 import sys
 from dataclasses import replace
@@ -12,11 +11,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import history
+from pipeline import history, trackers
 from pipeline.errors import RunRefused
 from pipeline.history import Row
 from pipeline.storage import LocalStore
-from pipeline.trackers import needed, to_mlflow, to_tensorboard
+from pipeline.trackers import needed
 
 
 @pytest.fixture
@@ -152,9 +151,9 @@ def test_tensorboard_gets_every_figure_of_every_step(monkeypatch, tmp_path):
     fake = SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
 
-    to_tensorboard(str(tmp_path), rows(1, 2, looks=2))
+    trackers.tell(str(tmp_path), None, "blobs", "t", rows(1, 2, looks=2), {})
 
-    assert Writer.last.folder == str(tmp_path)
+    assert Writer.last.folder == f"{tmp_path}/t"
     assert Writer.last.closed
     assert Writer.last.scalars == [
         ("loss", 1.0, 1), ("learning_rate", 1e-3, 1), ("gradient_norm", 2.0, 1),
@@ -165,40 +164,77 @@ def test_tensorboard_gets_every_figure_of_every_step(monkeypatch, tmp_path):
 class Tracking:
     """What MLflow takes."""
 
-    def __init__(self):
+    def __init__(self, *, away: bool = False):
         self.said = []
+        self.away = away
+        self.experiments = {}
+        self.entities = SimpleNamespace(Metric=lambda *figure: figure)
 
-    def set_tracking_uri(self, uri):
+    def MlflowClient(self, uri):  # noqa: N802 - MLflow's name
         self.said.append(uri)
-
-    def set_experiment(self, name):
-        self.said.append(name)
-
-    def start_run(self):
         return self
 
-    def __enter__(self):
-        return self
+    def get_experiment_by_name(self, name):
+        if self.away:
+            raise OSError("http://me:secret@there does not answer\nat all")
+        number = self.experiments.get(name)
+        return number and SimpleNamespace(experiment_id=number)
 
-    def __exit__(self, *_):
+    def create_experiment(self, name):
+        return self.experiments.setdefault(name, str(len(self.experiments) + 1))
+
+    def create_run(self, experiment, run_name):
+        self.said.append((experiment, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id="run"))
+
+    def log_batch(self, run, metrics):
+        assert run == "run"
+        assert 0 < len(metrics) <= 1000
+        self.said.append([(key, value, step) for key, value, _, step in metrics])
+
+    def set_terminated(self, run):
         self.said.append("over")
 
-    def log_metrics(self, values, step=None):
-        json.dumps(values, allow_nan=False)
-        self.said.append((step, values))
 
-
-def test_mlflow_gets_them_too_and_the_final_ones(monkeypatch):
+@pytest.fixture
+def tracking(monkeypatch):
     fake = Tracking()
     monkeypatch.setitem(sys.modules, "mlflow", fake)
+    return fake
 
-    to_mlflow("http://there", "blobs", rows(1, 1), {"miou": 0.5, "iou": {"a": 1.0}, "none": None})
 
-    assert fake.said == [
-        "http://there", "blobs",
-        (1, {"loss": 1.0, "learning_rate": 1e-3, "gradient_norm": 2.0}),
-        (None, {"final_miou": 0.5}), "over",
+def test_mlflow_gets_them_too_and_the_final_ones(tracking):
+    metrics = {"miou": 0.5, "iou": {"a": 1.0}, "none": None}
+
+    trackers.tell(None, "http://there", "blobs", "t1", rows(1, 1), metrics)
+    trackers.tell(None, "http://there", "blobs", "t2", [], {})
+
+    assert tracking.said == [
+        "http://there", ("1", "t1"),
+        [("loss", 1.0, 1), ("learning_rate", 1e-3, 1), ("gradient_norm", 2.0, 1),
+         ("final_miou", 0.5, 1)],
+        "over", "http://there", ("1", "t2"), "over",
     ]  # fmt: skip
+
+
+def test_mlflow_gets_a_long_history_in_few_requests(tracking):
+    trackers.to_mlflow("http://there", "blobs", "t", rows(1, 1500), {})
+
+    assert [len(said) for said in tracking.said[2:-1]] == [1000] * 4 + [500]
+
+
+def test_where_mlflow_is_away_a_training_is_refused_and_an_end_only_told(tracking, caplog):
+    tracking.away = True
+
+    with pytest.raises(RunRefused) as refused:
+        trackers.expect(None, "http://me:secret@there", "blobs")
+    trackers.tell(None, "http://me:secret@there", "blobs", "t", rows(1, 1), {})
+
+    said = "http://***@there does not answer"
+    assert str(refused.value) == f"--mlflow http://***@there: {said}"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the history is not copied to where it was to be: {said}"
+    ]
 
 
 def test_a_package_that_is_not_there_is_named_with_the_flag(monkeypatch):

@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.batching import compared, web
 from benchmarks.corpora import pictures, repeated
 from benchmarks.limit import Staged, limit_of, run_once, stage_costs
 from benchmarks.models import answer, forms, lively, turns
 from benchmarks.record import commit, machine
 from benchmarks.storage import measured
+from pipeline.batch import STEPS
 from pipeline.create import read_bundle
 from pipeline.infer import keep_freed_memory
 
@@ -87,7 +89,19 @@ def near_the_limit() -> float:
     return run["steady"] * run["megapixels"] / limit
 
 
+def calls_saved() -> float:
+    ways = compared(web(), 2**21, 512, [STEPS])
+    ours, others = ways[f"buckets, {STEPS} steps an octave (ours)"], ways["16 of one exact shape"]
+    return others.passes / ours.passes
+
+
+def not_padding() -> float:
+    return 1 - compared(web(), 2**21, 64, [STEPS])[f"buckets, {STEPS} steps an octave (ours)"].waste
+
+
 RATIOS = {
+    "calls_saved": Ratio("passes by exact shape / by buckets, sizes as on the web", calls_saved, 0),
+    "not_padding": Ratio("share of a batch's pixels that are tiles", not_padding, 0),
     "codec": Ratio("a fragment's object / its codec alone, CPU seconds", codec, 0.08),
     "over_zarr": Ratio("a fragment's object / zarr-python's shard", over_zarr, 0.2),
     "folded_seed": Ratio(

@@ -2,11 +2,19 @@
 
 The same parameters as our seed variant, the operations in the document's order and in torch's own
 modules: NCHW, ReLU before the maximum, `nn.MultiheadAttention` with its weights, no folding.
+
+    python -m benchmarks.tutorial BUNDLE      # the net with random weights, for benchmarks.peers
 """
+
+import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d, relu
+from torch.nn.functional import interpolate, max_pool2d, relu
+
+import models
+
+CLASSES = 11
 
 
 class AsWritten(nn.Module):
@@ -25,7 +33,7 @@ class AsWritten(nn.Module):
         self.pixel = ask.pixel_proj
         self.reading, self.asking = _attention(read.attention), _attention(ask.attention)
 
-    def forward(self, x_BCHW: Tensor, *, native: bool = True) -> Tensor:  # noqa: ARG002 - as ours
+    def forward(self, x_BCHW: Tensor, *, native: bool = False) -> Tensor:
         """One step after the other."""
         x_BFHW = max_pool2d(relu(self.conv1(x_BCHW)), 2)
         x_BFhw = max_pool2d(relu(self.conv2(x_BFHW)), 2)
@@ -33,7 +41,10 @@ class AsWritten(nn.Module):
         query_BMD = self.query(self.latents.unsqueeze(0).expand(len(x_BTF), -1, -1))
         experts_BMD, _ = self.reading(query_BMD, self.key(x_BTF), self.value(x_BTF))
         told_BTD, _ = self.asking(self.pixel(x_BTF), experts_BMD, experts_BMD)
-        return self.head(told_BTD).transpose(1, 2).unflatten(2, x_BFhw.shape[-2:])
+        logits_BKhw = self.head(told_BTD).transpose(1, 2).unflatten(2, x_BFhw.shape[-2:])
+        if native:
+            return logits_BKhw
+        return interpolate(logits_BKhw, x_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
@@ -50,3 +61,27 @@ def _attention(ours: nn.Module) -> nn.MultiheadAttention:
     made = nn.MultiheadAttention(width, ours.heads, batch_first=True)
     made.load_state_dict(ours.state_dict())
     return made.eval()
+
+
+def main() -> None:
+    """Write a bundle whose pixels do not all get the same answer."""
+    torch.manual_seed(0)
+    model = models.build("latent_attention", classes=CLASSES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.9)
+    card = models.Bundle(
+        architecture="latent_attention",
+        config=model.config.to_json(),
+        classes=tuple(models.ClassInfo(k, f"class {k}", (20 * k, 0, 0)) for k in range(CLASSES)),
+        input=models.InputInfo(channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
+        stride=model.stride,
+        receptive_field=model.receptive_field,
+        provenance={"data": "none: random weights, for benchmarks"},
+        metrics={},
+    )
+    models.save_bundle(sys.argv[1], model, card)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@
 
 Corpora: street, loose pictures of one size; mixed, loose ones of many sizes; shards, the street
 pictures as members of tar files, 100 in each. Forms are those of the model that the peers get:
-plain, as a bundle is loaded; folded, with our folding, memory format and allocator settings.
+plain, as a bundle is loaded; folded, with our folding, memory format and allocator settings;
+written, of a seed bundle (`python -m benchmarks.tutorial`): the net as its document writes it.
 Entrants of ours: process and local are `--on`, bf16 is `--inference.precision bf16`.
 
 In an environment with `.[bench]`. Every run is a whole command in a process of its own, with
@@ -159,13 +160,13 @@ def parsed() -> Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    corpora, forms = ("street", "mixed", "shards"), ("plain", "folded")
+    corpora, forms = ("street", "mixed", "shards"), ("written", "plain", "folded")
     everyone = (*OURS, *PEERS)
     parser.add_argument("--street", type=Path, help="pictures of one size")
     parser.add_argument("--mixed", type=Path, help="pictures of many sizes")
     parser.add_argument("--corpora", nargs="+", choices=corpora, default=corpora)
     parser.add_argument("--entrants", nargs="+", choices=everyone, default=everyone)
-    parser.add_argument("--forms", nargs="+", choices=forms, default=forms)
+    parser.add_argument("--forms", nargs="+", choices=forms, default=forms[1:])
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="demo")

@@ -21,7 +21,8 @@ class Command:
     model: Path
     """The bundle."""
     form: str
-    """plain: as a bundle is loaded; folded: with our folding, memory format and allocator."""
+    """plain: as a bundle is loaded; folded: with our folding, memory format and allocator;
+    written: the latent-attention net as its document writes it (benchmarks/tutorial.py)."""
     batch: int
     """Pictures given to the model at once."""
     threads: int
@@ -45,7 +46,7 @@ def parsed(about: str | None, readers: tuple[str, ...] = ("files",)) -> Command:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--form", choices=("plain", "folded"), default="plain")
+    parser.add_argument("--form", choices=("written", "plain", "folded"), default="plain")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=1)

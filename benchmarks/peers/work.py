@@ -14,6 +14,7 @@ import torch
 from numcodecs import Zstd
 
 from benchmarks.peers.command import Command
+from benchmarks.tutorial import AsWritten
 from models import load_bundle
 from pipeline.infer import keep_freed_memory
 
@@ -41,6 +42,8 @@ class Model:
         if command.form == "folded":
             keep_freed_memory()
             self.model = model.to(memory_format=torch.channels_last).folded()
+        elif command.form == "written":
+            self.model = AsWritten(model).eval()
         self.ids = [entry.id for entry in card.classes]
         self.mean = torch.tensor(card.input.mean)
         self.std = torch.tensor(card.input.std)

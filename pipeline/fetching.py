@@ -1,7 +1,12 @@
-"""How any format gets bytes out of a store: many requests in flight, answers in order, verdicts."""
+"""How any format gets bytes out of a store: many requests in flight, answers in order, verdicts.
+
+Neighbours in a shard share a request: S3 answers so many requests a second and no more, whatever
+their size (5,500 below a prefix, STORE §6), and each costs a round trip and its price.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from pipeline.errors import StorageError, StorageMissing
 from pipeline.keys import path_of
@@ -15,6 +20,12 @@ def too_many_bytes(image: PlannedImage, limit: int) -> Verdict:
         "fetch", "too_large", f"{image.nbytes} encoded bytes, decode.max_bytes is {limit}"
     )
 
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+SPAN = 4 * 1024**2  # of one request: some tens of milliseconds of a network, 16 of them in flight
+GAP = 64 * 1024  # read and thrown away between neighbours: sidecars, headers of the shard
 
 LOST = (StorageMissing, ObjectChanged, ObjectUnreadable)
 """What can befall one object while all others are well."""
@@ -38,21 +49,65 @@ def read_span(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
         data = store.read(path_of(image.key), image.offset or 0, length, etag=image.etag)
     except LOST as error:
         return EncodedImage(image, None, lost(error))
-    if length is not None and len(data) < length:
-        return EncodedImage(
-            image,
-            None,
-            Verdict("fetch", "truncated", f"its shard ends after {len(data)} of {length} bytes"),
-        )
+    return EncodedImage(image, data) if length is None else _part(image, data)
+
+
+def together(images: Sequence[PlannedImage], limit: int) -> Iterator[list[PlannedImage]]:
+    """Parts of shards that one request can bring: neighbours, in order, with little between them.
+
+    Args:
+        images: of any shards, in plan order.
+        limit: encoded bytes beyond which an image is not read at all.
+    """
+    group: list[PlannedImage] = []
+    for image in images:
+        if group and not _joins(group, image, limit):
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
+
+
+def _joins(group: list[PlannedImage], image: PlannedImage, limit: int) -> bool:
+    first, last = group[0], group[-1]
+    if first.offset is None or last.offset is None or image.offset is None:
+        return False
+    gap = image.offset - (last.offset + last.nbytes)
+    return (
+        (path_of(image.key), image.etag) == (path_of(first.key), first.etag)
+        and 0 <= gap <= GAP
+        and image.offset + image.nbytes - first.offset <= SPAN
+        and max(image.nbytes, last.nbytes) <= limit
+    )
+
+
+def read_together(store: Store, limit: int, group: list[PlannedImage]) -> list[EncodedImage]:
+    """The bytes of neighbours from one request, or why there are none."""
+    first, last = group[0], group[-1]
+    if len(group) == 1 or first.offset is None or last.offset is None:
+        return [read_span(store, limit, image) for image in group]
+    length = last.offset + last.nbytes - first.offset
+    try:
+        data = store.read(path_of(first.key), first.offset, length, etag=first.etag)
+    except LOST as error:
+        return [EncodedImage(image, None, lost(error)) for image in group]
+    places = [(image, (image.offset or 0) - first.offset) for image in group]
+    return [_part(image, data[at : at + image.nbytes]) for image, at in places]
+
+
+def _part(image: PlannedImage, data: bytes) -> EncodedImage:
+    """An image's part of a shard, if all of it is there."""
+    if len(data) < image.nbytes:
+        detail = f"its shard ends after {len(data)} of {image.nbytes} bytes"
+        return EncodedImage(image, None, Verdict("fetch", "truncated", detail))
     return EncodedImage(image, data)
 
 
-def in_flight(
-    read: Callable[[PlannedImage], EncodedImage], images: Sequence[PlannedImage], threads: int
-) -> Iterator[EncodedImage]:
-    """`read` every image with so many requests in flight; answers in order."""
-    if threads == 1 or len(images) == 1:
-        yield from map(read, images)
+def in_flight(read: Callable[[In], Out], items: Sequence[In], threads: int) -> Iterator[Out]:
+    """`read` every item with so many requests in flight; answers in order."""
+    if threads == 1 or len(items) == 1:
+        yield from map(read, items)
         return
-    with ThreadPoolExecutor(min(threads, len(images)), thread_name_prefix="fetch") as pool:
-        yield from pool.map(read, images)
+    with ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="fetch") as pool:
+        yield from pool.map(read, items)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.fetching import LOST, in_flight, lost, read_span
+from pipeline.fetching import LOST, in_flight, lost, read_together, together
 from pipeline.formats import Entry
 from pipeline.keys import member_part, printable
 from pipeline.kinds import kind_of_name
@@ -86,8 +86,10 @@ def _entry(member: tarfile.TarInfo, part: str, end: int) -> Entry:
 def fetch(
     store: Store, images: Sequence[PlannedImage], threads: int, limit: int
 ) -> Iterator[EncodedImage]:
-    """Byte ranges of the shard, many requests in flight, in order."""
-    yield from in_flight(partial(read_span, store, limit), images, threads)
+    """Byte ranges of the shard, neighbours in one, many requests in flight, in order."""
+    groups = list(together(images, limit))
+    for group in in_flight(partial(read_together, store, limit), groups, threads):
+        yield from group
 
 
 class _Forward(io.RawIOBase):

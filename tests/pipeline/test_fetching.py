@@ -1,0 +1,86 @@
+"""Neighbours in a shard share a request; what each gets is what it would get alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import StorageMissing
+from pipeline.fetching import GAP, SPAN, read_span, read_together, together
+from pipeline.records import PlannedImage
+
+LIMIT = 2**30
+
+
+class Shard:
+    """A store with one object; remembers what was asked of it."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.asked = content, []
+
+    def read(self, path, start=0, length=None, etag=None):
+        if path != "a.tar":
+            raise StorageMissing(path)
+        self.asked.append((start, length))
+        return self.content[start:] if length is None else self.content[start : start + length]
+
+
+def member(number: int, offset: int | None, nbytes: int, shard: str = "a.tar") -> PlannedImage:
+    return PlannedImage(
+        number, f"{shard}#{number}", shard, str(number), offset, nbytes, "e", "webdataset", 0
+    )
+
+
+def fetched(store: Shard, images: list[PlannedImage], limit: int = LIMIT) -> list:
+    return [one for g in together(images, limit) for one in read_together(store, limit, g)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 2000)), min_size=1, max_size=40),
+    st.integers(0, 120_000),
+    st.sampled_from([500, LIMIT]),
+)
+def test_together_they_get_what_each_would_get_alone(spans, end, limit):
+    images, at = [], 0
+    for number, (gap, nbytes) in enumerate(spans):
+        images.append(member(number, at + gap, nbytes))
+        at += gap + nbytes
+    store = Shard(bytes(i % 251 for i in range(min(end, at))))
+
+    expected = [read_span(store, limit, image) for image in images]
+
+    assert fetched(store, images, limit) == expected
+
+
+def test_neighbours_share_a_request():
+    store = Shard(bytes(100_000))
+    fetched(store, [member(n, 512 + 1536 * n, 1000) for n in range(50)])
+
+    assert store.asked == [(512, 49 * 1536 + 1000)]
+
+
+def test_a_request_has_a_size_and_does_not_read_what_nobody_wants():
+    images = [member(n, n * 2**20, 2**20) for n in range(10)]
+    far = [member(0, 0, 10), member(1, 10 + GAP + 1, 10)]
+
+    assert all(g[-1].offset + g[-1].nbytes - g[0].offset <= SPAN for g in together(images, LIMIT))
+    assert [len(group) for group in together(images, LIMIT)] == [4, 4, 2]
+    assert [len(group) for group in together(far, LIMIT)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [member(0, 0, 10), member(1, 10, 10, "b.tar")],
+        [member(0, 500, 10), member(1, 0, 10)],
+        [member(0, None, 10), member(1, 10, 10)],
+    ],
+    ids=["another shard", "backwards", "no offset"],
+)
+def test_only_neighbours_go_together(pair):
+    assert [len(group) for group in together(pair, LIMIT)] == [1, 1]
+
+
+def test_a_shard_that_is_gone_is_gone_for_all_of_them():
+    images = [member(n, 10 * n, 10, "gone.tar") for n in range(3)]
+
+    assert {one.verdict.reason for one in fetched(Shard(b""), images)} == {"vanished"}

@@ -29,9 +29,11 @@ class Listing:
     """Images that --include, --exclude or --limit left out."""
 
 
-def discover(
-    store: Store, config: SegmentConfig, listing: Listing
-) -> Iterator[tuple[Found, str, formats.Entry]]:
+Item = tuple[Found, str, formats.Entry]
+"""The object that holds an image, the format that fetches it, and what it is in there."""
+
+
+def discover(store: Store, config: SegmentConfig, listing: Listing) -> Iterator[Item]:
     """Every image below the source with the format that fetches it, in key order of the objects.
 
     Raises:
@@ -39,6 +41,7 @@ def discover(
     """
     if config.format != "auto":
         formats.load(config.format)
+    picky = bool(config.include or config.exclude)
     with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
         for found, name, entries in _in_order(pool, store, config.format):
             if name == "skip":
@@ -46,10 +49,10 @@ def discover(
             for entry in entries:
                 if entry.skipped:
                     listing.skipped[f"{name} member"] += 1
-                elif _chosen(key_of(found, entry), config):
-                    yield found, name, entry
-                else:
+                elif picky and not _chosen(key_of(found, entry), config):
                     listing.left_out += 1
+                else:
+                    yield found, name, entry
 
 
 def _objects(store: Store) -> Iterator[Found]:
@@ -60,6 +63,8 @@ def _objects(store: Store) -> Iterator[Found]:
 
 
 Indexed = tuple[Found, str, Iterable[formats.Entry]]
+_NOT_READ = frozenset({"skip", "files"})
+"""Formats of which the listing says all."""
 
 
 def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[Indexed]:
@@ -70,12 +75,14 @@ def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[I
     waiting: deque[Indexed | Future[Indexed]] = deque()
     for found in _objects(store):
         name = _format_of_name(found, wanted)
-        if name == "skip":
-            waiting.append((found, name, ()))
-        elif name == "files":
-            waiting.append((found, name, (formats.Entry(None, None, found.nbytes),)))
-        else:
+        if name not in _NOT_READ:
             waiting.append(pool.submit(_indexed, store, found, name))
+        else:
+            entries = (formats.Entry(None, None, found.nbytes),) if name == "files" else ()
+            if not waiting:  # most archives are nothing but loose files
+                yield found, name, entries
+                continue
+            waiting.append((found, name, entries))
         while waiting and (isinstance(waiting[0], tuple) or len(waiting) >= LOOK_AHEAD):
             yield _settled(waiting.popleft())
     while waiting:

@@ -1,8 +1,7 @@
 """What every store promises, and what it says of an object."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipeline.errors import StorageError
 
@@ -10,9 +9,11 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One object of a listing."""
+class Found(NamedTuple):
+    """One object of a listing.
+
+    A tuple: there may be millions, and one is made three times as fast as a frozen dataclass.
+    """
 
     path: str
     """Below the store's root, ``/``-separated; undecodable bytes as surrogates."""

@@ -5,14 +5,19 @@ and plans one more round if it has changed. Where the fragments run is somebody 
 (`Place`): this process, or a cluster.
 """
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import os
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from models import Bundle
 from pipeline.config import SegmentConfig
@@ -33,17 +38,18 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.finalize import Counts, final_counts, finalize
+from pipeline.known import Known
 from pipeline.ledger import Ledger
 from pipeline.listing import Listing
 from pipeline.overview import overview
 from pipeline.place import Place
-from pipeline.plan import Known, Start, plan_round
+from pipeline.plan import Start, plan_round
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
 from pipeline.receipt import receipt_of
 from pipeline.records import Task
 from pipeline.storage import Store, open_store
-from pipeline.tables import read_table
+from pipeline.tables import read_batches
 
 SHEET = "overview.png"
 
@@ -84,7 +90,7 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
         ledger.ensure_derived()
     else:  # its driver was killed between claim and plan
         cap = ledger.layout.slots if ledger.layout.kind == "stacked" else None
-        ledger.add_round(0, as_object(first_round(config, source, listing, cap), listing))
+        ledger.add_round(0, *as_object(first_round(config, source, listing, cap), listing))
     tally = Tally(0)
     counts = _finish_rounds(ledger, config, place, stop, tally)
     if not fresh and _extend(ledger, config, source, listing):
@@ -118,30 +124,23 @@ def _dry(
     listing: Listing,
 ) -> Outcome:
     """Plan and check, write nothing."""
-    known: dict[str, Known] = {}
+    known = Known()
     if ledger is None:
         refuse_strangers(out)
     else:
         ledger.refuse_other(config, card.sha256)
-        known = _known(ledger) if ledger.manifests() else {}
+        known = _known(ledger, config) if ledger.manifests() else known
     plan = plan_round(source, config, listing, known, Start())
-    rows = plan.table
     receipt = {
         "dry_run": True,
         "images": plan.images,
-        "encoded_bytes": sum(rows["nbytes"].to_pylist()),
-        "formats": _tallied(rows["format"]),
-        "changes": _tallied(rows["change"]),
+        "encoded_bytes": pc.sum(plan.fragments()["nbytes"]).as_py() or 0,
+        "formats": plan.tally("format"),
+        "changes": plan.tally("change"),
         "skipped": dict(listing.skipped),
         "left_out": listing.left_out,
     }
     return Outcome(EXIT_DONE, None, receipt)
-
-
-def _tallied(column: pa.ChunkedArray) -> dict[str, int]:
-    return {
-        row["values"]: row["counts"] for row in column.value_counts().to_pylist() if row["values"]
-    }
 
 
 # ----------------------------------------------------------------------------------------- rounds
@@ -188,40 +187,37 @@ def _finish_rounds(
     return finalize(ledger) if counts is None else counts
 
 
-def _known(ledger: Ledger) -> dict[str, Known]:
-    """The live images of the finished rounds, by key."""
-    columns = ["key", "image_id", "etag", "input_bytes", "sha256", "reason"]
-    with ledger.plan_file("final/images.parquet") as file:
-        table = read_table(file, columns)
-    known = {}
-    for batch in table.to_batches(8192):
-        for key, image_id, etag, nbytes, digest, reason in zip(
-            *(c.to_pylist() for c in batch.columns), strict=True
-        ):
-            known[key] = Known(image_id, etag, nbytes or 0, None, digest, reason)
-    return known
+def _known(ledger: Ledger, config: SegmentConfig) -> Known:
+    """The live images of the finished rounds."""
+
+    def rows(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        with ledger.plan_file("final/images.parquet") as file:
+            yield from read_batches(file, columns)
+
+    return Known(rows, config.retry)
 
 
 def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listing) -> bool:
     """Plan one more round if the source has changed or images are tried again."""
     numbers = ledger.rounds()
     start = time.monotonic()
-    planned = [row for n in numbers for row in ledger.fragments(n).to_pylist()]
+    planned = pa.concat_tables(ledger.fragments(n) for n in numbers)
+    ends = pc.add(planned["first_image_id"], planned["images"].cast(pa.int64()))
     first = Start(
         round=numbers[-1] + 1,
-        image_id=max((row["first_image_id"] + row["images"] for row in planned), default=0),
-        fragment=1 + max((row["fragment"] for row in planned), default=-1),
+        image_id=pc.max(ends).as_py() or 0,
+        fragment=1 + (-1 if not planned.num_rows else pc.max(planned["fragment"]).as_py()),
         cap=ledger.layout.slots if ledger.layout.kind == "stacked" else None,
     )
-    plan = plan_round(source, config, listing, _known(ledger), first)
-    if not plan.table.num_rows:
+    plan = plan_round(source, config, listing, _known(ledger, config), first)
+    if plan.empty:
         return False
-    changes = _tallied(plan.table["change"])
+    changes = plan.tally("change")
     say(
         config.log,
         "round",
         text=f"the archive has changed: {changes} (listed in {time.monotonic() - start:.1f} s)",
         **changes,
     )
-    ledger.add_round(first.round, as_object(plan, listing))
+    ledger.add_round(first.round, *as_object(plan, listing))
     return True

@@ -1,5 +1,8 @@
 """A new run: look at everything, refuse or find out what will hold for all its rounds, claim it."""
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from models import Bundle
 from models.foreign import FILES, bundle_of
@@ -18,13 +22,13 @@ from pipeline import registry
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import probe
+from pipeline.known import Known
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import FORECAST, RUN, Ledger, frozen, now
 from pipeline.listing import Listing, head
 from pipeline.place import Found, Place
 from pipeline.plan import Round, Start, plan_round, to_parquet
 from pipeline.progress import say
-from pipeline.records import PlannedImage
 from pipeline.storage import PREFLIGHT, Store, absolute, check_create_only, open_store
 from pipeline.tile import Grid
 from pipeline.versions import parse
@@ -160,8 +164,11 @@ def create_run(
     refuse_strangers(out)
     plan = first_round(config, source, listing)
     check_create_only(out)
-    found = place.found(bundle, plan.images, config)
     layout = layout_for(config, source, plan, card)
+    images, (data, fragments) = plan.images, as_object(plan, listing)
+    del plan  # before a model takes its place in memory
+    pa.default_memory_pool().release_unused()
+    found = place.found(bundle, images, config)
     about = {
         "name": config.model,
         "sha256": card.sha256,
@@ -172,7 +179,7 @@ def create_run(
     budget = config.batch.pixels or found.budget
     ledger = Ledger.create(out, config, bundle, about, frozen(layout, grid, budget, found.device))
     ledger.refuse_other(config, card.sha256)  # another driver may have been first
-    ledger.add_round(0, as_object(plan, listing))
+    ledger.add_round(0, data, fragments)
     return ledger
 
 
@@ -184,7 +191,7 @@ def first_round(
     Raises:
         RunRefused: if there is nothing in it.
     """
-    plan = plan_round(source, config, listing, {}, Start(cap=cap))
+    plan = plan_round(source, config, listing, Known(), Start(cap=cap))
     if not plan.images:
         skipped = f"; skipped {dict(listing.skipped)}" if listing.skipped else ""
         raise RunRefused(
@@ -194,14 +201,14 @@ def first_round(
     return plan
 
 
-def as_object(plan: Round, listing: Listing) -> bytes:
-    """A round's plan as the bytes that are put."""
+def as_object(plan: Round, listing: Listing) -> tuple[bytes, pa.Table]:
+    """A round's plan as the bytes that are put, and the small table beside it."""
     about = {
         "skipped": dict(sorted(listing.skipped.items())),
         "left_out": listing.left_out,
         "planned": now(),
     }
-    return to_parquet(plan, os.urandom(16).hex(), about)
+    return to_parquet(plan, os.urandom(16).hex(), about), plan.fragments()
 
 
 def grid_for(config: SegmentConfig, card: Bundle, found: Found) -> Grid:
@@ -255,8 +262,8 @@ def layout_for(config: SegmentConfig, source: Store, plan: Round, card: Bundle) 
         return Layout("labels", "uint16", 65535, slots=0, slot=0)
     wide = max(entry.id for entry in card.classes) >= 255
     dtype, fill = ("uint16", 65535) if wide else ("uint8", 255)
-    sizes = probed_sizes(source, plan.table)
-    most = max((count for count in _images_per_fragment(plan.table)), default=1)
+    sizes = probed_sizes(source, plan)
+    most = pc.max(plan.fragments()["images"]).as_py() or 1
     if config.layout == "stacked":
         height, width = _one_size(config, sizes)
         return Layout("stacked", dtype, fill, max(most, 16), height * width, height, width)
@@ -264,10 +271,6 @@ def layout_for(config: SegmentConfig, source: Store, plan: Round, card: Bundle) 
     slot = -(-int(np.quantile(areas, 0.9)) // SLOT_STEP) * SLOT_STEP
     slot = config.slot_bytes or min(SLOT_MOST, max(SLOT_LEAST, slot))
     return Layout("flat", dtype, fill, N_SLOTS, slot, confidence=config.confidence)
-
-
-def _images_per_fragment(table: pa.Table) -> list[int]:
-    return [row["counts"] for row in table["fragment"].value_counts().to_pylist()]
 
 
 def _one_size(config: SegmentConfig, sizes: list[tuple[int, int]]) -> tuple[int, int]:
@@ -284,11 +287,8 @@ def _one_size(config: SegmentConfig, sizes: list[tuple[int, int]]) -> tuple[int,
     return sizes[0]
 
 
-def probed_sizes(source: Store, table: pa.Table) -> list[tuple[int, int]]:
+def probed_sizes(source: Store, plan: Round) -> list[tuple[int, int]]:
     """Height and width of up to 256 images spread over the plan, from their first bytes."""
-    step = max(1, table.num_rows // PROBED)
-    names = list(PlannedImage.__dataclass_fields__)
-    chosen = table.take(list(range(0, table.num_rows, step))).select(names).to_pylist()
     with ThreadPoolExecutor(16) as pool:
-        heads = pool.map(lambda row: head(source, PlannedImage(**row), HEAD), chosen)
+        heads = pool.map(lambda image: head(source, image, HEAD), plan.spread(PROBED))
         return [size for size in (probe(start) for start in heads) if size]

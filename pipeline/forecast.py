@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import tyro
 from pydantic import Field
 
@@ -26,7 +25,7 @@ from pipeline.layout import Layout
 from pipeline.ledger import FORECAST, RUN
 from pipeline.listing import Listing
 from pipeline.place import Capacity, Found
-from pipeline.plan import fragments_table
+from pipeline.plan import Round
 from pipeline.records import PlannedImage
 from pipeline.storage import Store, open_store
 
@@ -116,10 +115,10 @@ def forecast(config: PlanConfig, place: Workers) -> Forecast:
     # Nothing is written there, but the line of a run has a place.
     asked = asked.model_copy(update={"batch": batch, "out": f"{source.uri}.never-written"})
     layout = layout_for(asked, source, plan, card)
-    strata = strata_of(plan.table["nbytes"].to_numpy(), STRATA, config.sample)
+    strata = strata_of(plan.nbytes, STRATA, config.sample)
     workers = config.compute.workers or place.capacity.gpus or place.capacity.cores
-    tried = _tried(plan.table, strata, place, partial(_sampler, bundle, layout, asked), workers)
-    made = _forecast(config, plan.table, strata, tried, workers, found, listing)
+    tried = _tried(plan, strata, place, partial(_sampler, bundle, layout, asked), workers)
+    made = _forecast(config, plan, strata, tried, workers, found, listing)
     if out is not None:
         out.replace(FORECAST, json.dumps(asdict(made), indent=1).encode() + b"\n")
     return made
@@ -142,16 +141,16 @@ def _sampler(
 
 
 def _tried(
-    table: pa.Table,
+    plan: Round,
     strata: list[Stratum],
     place: Workers,
     make: "Callable[[], Callable[[PlannedImage], Sampled]]",
     workers: int,
 ) -> "list[list[Sampled]]":
     """What the chosen pictures of each stratum have cost; in turn, so that none is warmed alone."""
-    names = list(PlannedImage.__dataclass_fields__)
     rows = np.concatenate([stratum.tried for stratum in strata])
-    images = [PlannedImage(**row) for row in table.take(rows).select(names).to_pylist()]
+    by_place = {image.image_id: image for image in plan.picked(rows)}
+    images = [by_place[row] for row in rows]
     mixed = sorted(range(len(images)), key=lambda i: (i * 7919) % len(images))
     wanted = [images[i] for i in mixed]
     # Each worker's first picture also pays for a cold model: it is tried again.
@@ -167,7 +166,7 @@ def _tried(
 
 def _forecast(
     config: PlanConfig,
-    table: pa.Table,
+    plan: Round,
     strata: list[Stratum],
     tried: "list[list[Sampled]]",
     workers: int,
@@ -178,20 +177,20 @@ def _forecast(
         costs = [np.array([getattr(one, name) for one in part], float) for part in tried]
         return total(strata, costs, spread)
 
-    fragments = fragments_table(table)
-    busy = min(workers, fragments.num_rows)
+    fragments = plan.fragments().num_rows
+    busy = min(workers, fragments)
     seconds = over("seconds", SPREAD).times(1 / busy / EFFICIENCY)
     start = START_S["process" if config.on in (None, "process") else "ray"]
     price = config.price_per_hour
     whole = Range(seconds.low + start, seconds.expected + start, seconds.high + start)
     return Forecast(
-        images=table.num_rows,
-        fragments=fragments.num_rows,
+        images=plan.images,
+        fragments=fragments,
         skipped=sum(listing.skipped.values()),
         megapixels=over("pixels").times(1e-6),
         seconds=seconds,
         start_s=start,
-        bytes_read=int(table["nbytes"].to_numpy().sum()),
+        bytes_read=int(plan.nbytes.sum()),
         bytes_written=over("stored"),
         rejected=over("rejected").expected,
         workers=workers,

@@ -11,7 +11,6 @@ image      a picture suffix, ours or foreign (``.svg``, ``.heic``, …), or no s
 unknown    any other suffix: its first bytes decide between image, shard and skip
 """
 
-from pathlib import PurePosixPath
 from typing import Literal
 
 Kind = Literal["image", "mask", "webdataset", "parquet", "skip", "unknown"]
@@ -46,28 +45,42 @@ SIDECAR_NAMES = frozenset([
 ])  # fmt: skip
 
 MASK_ENDINGS = (".mask.png", ".seg.png")
+_OF_SUFFIX: dict[str, Kind] = {
+    **dict.fromkeys(OURS | FOREIGN, "image"),
+    **dict.fromkeys(SIDECARS, "skip"),
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
 
 def kind_of_name(path: str) -> Kind:
     """The kind a path (or a member name) suggests."""
-    if path.endswith("/") or any(
-        part.startswith(".") and part not in {".", ".."} for part in path.split("/")
-    ):
+    if path.endswith("/") or (_dotted(path) and _hidden(path)):
         return "skip"
-    name = PurePosixPath(path).name.lower()
-    suffix = "." + name.rpartition(".")[2] if "." in name else ""
-    if name in SIDECAR_NAMES or suffix in SIDECARS:
+    name = path.rpartition("/")[2].lower()
+    if name in SIDECAR_NAMES:
         return "skip"
     if name.endswith(MASK_ENDINGS):
         return "mask"
-    if suffix == ".tar":
-        return "webdataset"
-    if suffix in {".parquet", ".pq"}:
-        return "parquet"
-    return "image" if not suffix or suffix in OURS | FOREIGN else "unknown"
+    _, dot, suffix = name.rpartition(".")
+    return _OF_SUFFIX.get(dot + suffix, "unknown") if dot else "image"
+
+
+def is_mask(path: str) -> bool:
+    """Whether it is named as the mask of a picture beside it."""
+    return path.lower().endswith(MASK_ENDINGS)
 
 
 def picture_of_mask(path: str) -> str | None:
     """The picture, less its suffix, that a mask of this name is of; None for all other names."""
     endings = (end for end in MASK_ENDINGS if path.lower().endswith(end))
     return next((path[: -len(end)] for end in endings), None)
+
+
+def _dotted(path: str) -> bool:
+    return path.startswith(".") or "/." in path
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") and part not in {".", ".."} for part in path.split("/"))

@@ -5,6 +5,9 @@ Everything here is a create-only object: ``run.json``, ``plan/NNN.parquet``,
 is a listing of the commits, subtracted from the plan.
 """
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import contextlib
 import json
 import platform
@@ -18,6 +21,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
@@ -229,9 +233,16 @@ class Ledger:
         with self.plan_file(path_of_fragments(number)) as file:
             return read_table(file).cast(FRAGMENTS)
 
-    def add_round(self, number: int, data: bytes) -> None:
-        """Write a round's plan, unless another driver has; then grow the array to hold it."""
-        self.store.create(path_of_round(number), data)
+    def add_round(self, number: int, data: bytes, fragments: pa.Table) -> None:
+        """Write a round's plan, unless another driver has; then grow the array to hold it.
+
+        Args:
+            number: of the round.
+            data: the plan, as `to_parquet` makes it.
+            fragments: its `fragments_table`.
+        """
+        if self.store.create(path_of_round(number), data):
+            self.store.replace(path_of_fragments(number), write_table(fragments))
         self.ensure_derived()
 
     def ensure_derived(self) -> None:
@@ -252,8 +263,8 @@ class Ledger:
             return {}
         attributes = class_attributes(self.classes, self.layout.fill)
         files = {f"{MASKS}/zarr.json": group_json(attributes)}
-        planned = [f for n in self.rounds() for f in self.fragments(n)["fragment"].to_pylist()]
-        if planned:
+        last = [pc.max(self.fragments(n)["fragment"]).as_py() for n in self.rounds()]
+        if planned := [fragment for fragment in last if fragment is not None]:
             array = self.layout.array_json(max(planned) + 1, attributes)
             files[f"{ARRAY}/zarr.json"] = array
         return files

@@ -11,7 +11,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import sniff
 from pipeline.keys import escape, path_of
-from pipeline.kinds import kind_of_name, picture_of_mask
+from pipeline.kinds import is_mask, kind_of_name
 from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
 
@@ -29,9 +29,13 @@ class Listing:
     """Images that --include, --exclude or --limit left out."""
 
 
+Item = tuple[Found, str, formats.Entry]
+"""The object that holds an image, the format that fetches it, and what it is in there."""
+
+
 def discover(
     store: Store, config: SegmentConfig, listing: Listing, *, masks: bool = False
-) -> Iterator[tuple[Found, str, formats.Entry]]:
+) -> Iterator[Item]:
     """Every image below the source with the format that fetches it, in key order of the objects.
 
     Args:
@@ -45,6 +49,7 @@ def discover(
     """
     if config.format != "auto":
         formats.load(config.format)
+    picky = bool(config.include or config.exclude)
     with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
         for found, name, entries in _in_order(pool, store, config.format):
             if name == "skip":
@@ -54,10 +59,10 @@ def discover(
                     listing.skipped[f"{name} member"] += 1
                 elif entry.mask and not masks:
                     listing.skipped["mask"] += 1
-                elif _chosen(key_of(found, entry), config):
-                    yield found, name, entry
-                else:
+                elif picky and not _chosen(key_of(found, entry), config):
                     listing.left_out += 1
+                else:
+                    yield found, name, entry
 
 
 def _objects(store: Store) -> Iterator[Found]:
@@ -68,6 +73,8 @@ def _objects(store: Store) -> Iterator[Found]:
 
 
 Indexed = tuple[Found, str, Iterable[formats.Entry]]
+_NOT_READ = frozenset({"skip", "files"})
+"""Formats of which the listing says all."""
 
 
 def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[Indexed]:
@@ -78,17 +85,22 @@ def _in_order(pool: ThreadPoolExecutor, store: Store, wanted: str) -> Iterator[I
     waiting: deque[Indexed | Future[Indexed]] = deque()
     for found in _objects(store):
         name = _format_of_name(found, wanted)
-        if name == "skip":
-            waiting.append((found, name, ()))
-        elif name == "files":
-            mask = picture_of_mask(found.path) is not None
-            waiting.append((found, name, (formats.Entry(None, None, found.nbytes, mask=mask),)))
-        else:
+        if name not in _NOT_READ:
             waiting.append(pool.submit(_indexed, store, found, name))
+        else:
+            entries = (_alone(found),) if name == "files" else ()
+            if not waiting:  # most archives are nothing but loose files
+                yield found, name, entries
+                continue
+            waiting.append((found, name, entries))
         while waiting and (isinstance(waiting[0], tuple) or len(waiting) >= LOOK_AHEAD):
             yield _settled(waiting.popleft())
     while waiting:
         yield _settled(waiting.popleft())
+
+
+def _alone(found: Found) -> formats.Entry:
+    return formats.Entry(None, None, found.nbytes, mask=is_mask(found.path))
 
 
 def _settled(answer: "Indexed | Future[Indexed]") -> Indexed:

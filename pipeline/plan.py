@@ -11,19 +11,26 @@ one create-only object with a row group per fragment; ``NNN.fragments.parquet`` 
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import formats
 from pipeline.config import Fragments, SegmentConfig
-from pipeline.keys import escape
-from pipeline.listing import Listing, discover, key_of
-from pipeline.records import PlannedImage
-from pipeline.storage import Found, Store
+from pipeline.keys import path_of
+from pipeline.known import Known
+from pipeline.listing import Item, Listing, discover, key_of
+from pipeline.packed import Packed
+from pipeline.records import Array, PlannedImage
+from pipeline.storage import Store
 
 SCHEMA = pa.schema(
     [
@@ -44,6 +51,13 @@ SCHEMA = pa.schema(
 """One row per image. ``change``: new, changed, retried, removed (fragment -1: nothing to do).
 ``replaces``: the image_id whose answer this row supersedes."""
 
+URI = SCHEMA.get_field_index("uri")
+IN_MEMORY = SCHEMA.remove(URI)
+"""The columns of a plan before it is written: URIs follow from the keys."""
+
+ROWS = pa.schema([f for f in IN_MEMORY if f.name not in {"image_id", "fragment"}])
+"""The columns of images that have no numbers yet."""
+
 FRAGMENTS = pa.schema(
     [
         pa.field("fragment", pa.int32(), nullable=False),
@@ -54,99 +68,10 @@ FRAGMENTS = pa.schema(
     ]
 )
 
-CHUNK = 65_536  # rows collected before they become Arrow: bounds the driver's memory
+CHUNK = 16_384  # images that are Python objects at a time; of a million they are half a gigabyte
+COMPARED, COMPARED_AT_ONCE = 1024, 16  # images read again: in all, and at the same time
+NEW, CHANGED, RETRIED, REMOVED, SAME = "new", "changed", "retried", "removed", ""
 SMALLEST, PARTS = 16, 64  # a fragment holds clamp(N / 64, 16, fragment.images) images
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One planned round, in memory only while it is written."""
-
-    number: int
-    table: pa.Table
-    """`SCHEMA`, sorted by image_id, removed keys last."""
-
-    @property
-    def images(self) -> int:
-        """How many images it asks for."""
-        return pc.sum(pc.greater_equal(self.table["fragment"], 0)).as_py() or 0
-
-
-# ----------------------------------------------------------------------------------------- rounds
-
-
-class _Rows:
-    """Rows on their way into Arrow; a million Python objects at once would be half a gigabyte."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, list] = {name: [] for name in SCHEMA.names}
-        self._done: list[pa.RecordBatch] = []
-        self.count = 0
-
-    def add(self, **values: object) -> None:
-        for name, column in self._columns.items():
-            column.append(values[name])
-        self.count += 1
-        if len(self._columns["key"]) >= CHUNK:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._done.append(pa.RecordBatch.from_pydict(self._columns, schema=SCHEMA))
-        self._columns = {name: [] for name in SCHEMA.names}
-
-    def table(self) -> pa.Table:
-        self._flush()
-        return pa.Table.from_batches(self._done, schema=SCHEMA)
-
-
-def plan_round(
-    store: Store,
-    config: SegmentConfig,
-    listing: Listing,
-    known: "dict[str, Known]",
-    first: "Start",
-) -> Round:
-    """What is to be done now that ``known`` is already planned.
-
-    Args:
-        store: the source.
-        config: what is asked for.
-        listing: learns what was skipped or left out.
-        known: the live images of all earlier rounds, by key; empty for round 0.
-        first: the numbers this round starts with.
-    """
-    rows, unseen = _Rows(), set(known)
-    limit, known_or_new = config.limit, len(known)
-    for found, name, entry in discover(store, config, listing):
-        key = key_of(found, entry)
-        before = known.get(key)
-        unseen.discard(key)
-        change = _change(store, found, entry, before, config)
-        if change is None:
-            continue
-        if before is None:
-            if limit is not None and known_or_new >= limit:
-                listing.left_out += 1
-                continue
-            known_or_new += 1
-        rows.add(
-            image_id=first.image_id + rows.count,
-            key=key,
-            uri=f"{store.uri}/{escape(found.path) if not _plain(found.path) else found.path}",
-            member=entry.member,
-            offset=entry.offset,
-            nbytes=entry.nbytes,
-            etag=found.etag,
-            format=name,
-            fragment=0,
-            problem=entry.problem,
-            change=change,
-            replaces=before.image_id if before else None,
-        )
-    table = _with_fragments(rows.table(), first.fragment, config.fragment, first.cap)
-    gone = [] if limit is not None else sorted(known[key].image_id for key in unseen)
-    by_id = {known[key].image_id: key for key in unseen} if gone else {}
-    return Round(first.round, pa.concat_tables([table, _removed(gone, by_id)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,67 +86,280 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A live image of an earlier round."""
+class Round:
+    """One planned round, packed until it is written."""
 
-    image_id: int
-    etag: str
-    nbytes: int
-    offset: int | None
-    sha256: str | None = None
-    """Of its encoded bytes, where it was read."""
-    reason: str | None = None
-    """Why it was rejected, if it was."""
+    first: Start
+    rows: Packed
+    """`ROWS`, in key order of the objects: what there is to do."""
+    gone: pa.Table
+    """Key and image_id of images that are not there any more."""
+    source: str
+    """URI of the source."""
+    rule: Fragments
+
+    @property
+    def number(self) -> int:
+        """Of the round."""
+        return self.first.round
+
+    @property
+    def images(self) -> int:
+        """How many there are to do."""
+        return self.rows.num_rows
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has changed."""
+        return not self.rows.num_rows and not self.gone.num_rows
+
+    def tally(self, column: str) -> dict[str, int]:
+        """How often each value occurs, removed keys included."""
+        counts: Counter[str] = Counter()
+        for rows in self.groups():
+            counts.update(rows[column].to_pylist())
+        return {value: count for value, count in counts.items() if value}
+
+    @property
+    def table(self) -> pa.Table:
+        """The whole round as `IN_MEMORY`."""
+        return pa.concat_tables([IN_MEMORY.empty_table(), *self.groups()])
+
+    def groups(self) -> Iterator[pa.Table]:
+        """Each fragment's images, and removed keys at the end, as `IN_MEMORY`."""
+        most = min(self.rule.images, max(SMALLEST, self.rows.num_rows // PARTS))
+        image_id = self.first.image_id
+        cut = _cut(self.rows, min(most, self.first.cap or most), self.rule.bytes)
+        for fragment, part in enumerate(cut, self.first.fragment):
+            numbers = {
+                "image_id": pa.array(range(image_id, image_id + part.num_rows), pa.int64()),
+                "fragment": pa.repeat(pa.scalar(fragment, pa.int32()), part.num_rows),
+            }
+            columns = [numbers[n] if n in numbers else part[n] for n in IN_MEMORY.names]
+            yield pa.table(columns, schema=IN_MEMORY)
+            image_id += part.num_rows
+        if self.gone.num_rows:
+            yield _removed(self.gone)
+
+    def fragments(self) -> pa.Table:
+        """The small table beside the plan, `FRAGMENTS`."""
+        parts = [FRAGMENTS.empty_table(), *map(fragments_table, self.groups())]
+        table, place = pa.concat_tables(parts), FRAGMENTS.get_field_index("row_group")
+        groups = pa.array(range(table.num_rows), pa.int32())
+        return table.set_column(place, FRAGMENTS.field(place), groups)
+
+    @property
+    def nbytes(self) -> Array:
+        """Encoded bytes of each image that is to be done, in order."""
+        parts = [batch["nbytes"].to_numpy() for batch in self.rows]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def spread(self, count: int) -> list[PlannedImage]:
+        """About so many images, or all there are, from one end to the other."""
+        return self.picked(np.arange(0, self.rows.num_rows, max(1, self.rows.num_rows // count)))
+
+    def picked(self, places: Array) -> list[PlannedImage]:
+        """The images at these places, as they come; their fragments are not known yet."""
+        names = [f for f in PlannedImage.__dataclass_fields__ if f in ROWS.names]
+        places, start, chosen = np.sort(places), 0, []
+        for batch in self.rows:
+            here = places[(places >= start) & (places < start + batch.num_rows)]
+            rows = batch.take(pa.array(here - start)).to_pylist()
+            chosen += [
+                PlannedImage(
+                    image_id=self.first.image_id + int(place),
+                    uri=_uri(self.source, row["key"]),
+                    fragment=0,
+                    **{name: row[name] for name in names},
+                )
+                for place, row in zip(here, rows, strict=True)
+            ]
+            start += batch.num_rows
+        return chosen
 
 
-def _plain(path: str) -> bool:
-    return (path.isprintable() and path.isascii()) or escape(path) == path
+# ----------------------------------------------------------------------------------------- rounds
 
 
-def _change(
-    store: Store, found: Found, entry: formats.Entry, before: Known | None, config: SegmentConfig
-) -> str | None:
-    """Why this image is in the round, or None where it has not changed."""
-    if before is None:
-        return "new"
-    if before.reason and before.reason in config.retry:
-        return "retried"
-    if before.etag == found.etag:
-        return None
-    if before.sha256 and entry.problem is None and _digest(store, found, entry) == before.sha256:
-        return None  # touched or re-packed, but the same bytes
-    return "changed"
+def plan_round(
+    store: Store, config: SegmentConfig, listing: Listing, known: Known, first: Start
+) -> Round:
+    """What is to be done now that ``known`` is already planned.
+
+    Args:
+        store: the source.
+        config: what is asked for.
+        listing: learns what was skipped or left out.
+        known: the live images of all earlier rounds; none for round 0.
+        first: the numbers this round starts with.
+    """
+    rows, before = _listed(store, config, listing, known), known.others()
+    met = np.zeros(before.num_rows, bool)
+    if len(known):
+        rows = _compared(store, config, listing, rows, before, len(known), met)
+    gone = before.filter(pa.array(~met & (config.limit is None)))
+    return Round(first, rows, gone.sort_by("image_id"), store.uri, config.fragment)
 
 
-def _digest(store: Store, found: Found, entry: formats.Entry) -> str | None:
+def _listed(store: Store, config: SegmentConfig, listing: Listing, known: Known) -> Packed:
+    """What the source holds and is not known as it is; all of it as new, for now."""
+    images = discover(store, config, listing)
+    if config.limit is not None and not len(known):
+        images = _limited(images, config.limit, listing)
+    rows = Packed(ROWS)
+    for columns in _columns(images):
+        other = ~known.unchanged(columns["key"], columns["etag"])
+        if other.any():
+            batch = pa.RecordBatch.from_pydict(columns, ROWS)
+            rows.add(batch if other.all() else batch.filter(pa.array(other)))
+    return rows
+
+
+def _columns(images: Iterator[Item]) -> Iterator[dict[str, list[Any]]]:
+    """The columns of `ROWS`, so many rows at a time.
+
+    Values go into their columns at once: kept as records, a million of them would cost more time in
+    the garbage collector than all else here.
+    """
+    while True:
+        columns: dict[str, list[Any]] = {name: [] for name in ROWS.names}
+        key, member, offset, nbytes, etag, form, problem = (
+            columns[name].append
+            for name in ("key", "member", "offset", "nbytes", "etag", "format", "problem")
+        )
+        for found, name, entry in islice(images, CHUNK):
+            key(key_of(found, entry))
+            member(entry.member)
+            offset(entry.offset)
+            nbytes(entry.nbytes)
+            etag(found.etag)
+            form(name)
+            problem(entry.problem)
+        if not (count := len(columns["key"])):
+            return
+        yield columns | {"change": [NEW] * count, "replaces": [None] * count}
+
+
+def _limited(images: Iterator[Item], limit: int, listing: Listing) -> Iterator[Item]:
+    yield from islice(images, limit)
+    listing.left_out += sum(1 for _ in images)
+
+
+def _compared(
+    store: Store,
+    config: SegmentConfig,
+    listing: Listing,
+    found: Packed,
+    before: pa.Table,
+    known: int,
+    met: Array,
+) -> Packed:
+    """What of these images there is to do, and why.
+
+    Args:
+        store: the source.
+        config: what is asked for.
+        listing: learns what was left out.
+        found: images that are listed and not known as they are.
+        before: images that are known and were not met as they are.
+        known: how many there are in all.
+        met: learns which rows of ``before`` are listed.
+    """
+    rows, left = Packed(ROWS), math.inf if config.limit is None else config.limit - known
+    for batch in found:
+        place = pc.index_in(batch["key"], value_set=before["key"])  # null: not there before
+        met[place.drop_null().to_numpy()] = True
+        changes = np.array(_changes(store, batch, before, place, config.retry), object)
+        new = changes == NEW
+        beyond = new & (np.cumsum(new) > left)
+        left -= int(new.sum())
+        listing.left_out += int(beyond.sum())
+        columns = {name: batch[name] for name in ROWS.names} | {
+            "change": pa.array(changes, pa.string()),
+            "replaces": before["image_id"].take(place).combine_chunks(),
+        }
+        compared = pa.RecordBatch.from_arrays(list(columns.values()), schema=ROWS)
+        rows.add(compared.filter(pa.array((changes != SAME) & ~beyond)))
+    return rows
+
+
+def _changes(
+    store: Store,
+    found: pa.RecordBatch,
+    before: pa.Table,
+    place: pa.Array,
+    retry: Collection[str],
+) -> list[str]:
+    """Why each image is in the round, or that it has not changed; ``place`` is its row before."""
+    changes = [NEW] * found.num_rows
+    met = pa.array(np.flatnonzero(place.is_valid()))
+    now, then = found.take(met), before.take(place.take(met))
+
+    def change(rows: tuple[dict[str, Any], dict[str, Any]]) -> str:
+        return _change(store, *rows, retry)
+
+    with ThreadPoolExecutor(COMPARED_AT_ONCE, thread_name_prefix="compare") as pool:
+        for start in range(0, len(met), COMPARED):
+            pairs = zip(*(t.slice(start, COMPARED).to_pylist() for t in (now, then)), strict=True)
+            part = met.slice(start, COMPARED).to_pylist()
+            for row, what in zip(part, pool.map(change, pairs), strict=True):
+                changes[row] = what
+    return changes
+
+
+def _change(store: Store, now: dict[str, Any], then: dict[str, Any], retry: Collection[str]) -> str:
+    """What became of an image, as listed now and as known then."""
+    if then["reason"] in retry:
+        return RETRIED
+    if then["etag"] == now["etag"]:
+        return SAME
+    if then["sha256"] and now["problem"] is None and _digest(store, now) == then["sha256"]:
+        return SAME  # touched or re-packed, but the same bytes
+    return CHANGED
+
+
+def _digest(store: Store, now: dict[str, Any]) -> str | None:
     """SHA-256 of the encoded bytes as they are now; None for table rows, read by column."""
-    if entry.member is not None and entry.offset is None:
+    if now["member"] is not None and now["offset"] is None:
         return None
-    length = None if entry.offset is None else entry.nbytes
-    return hashlib.sha256(store.read(found.path, entry.offset or 0, length)).hexdigest()
+    length = None if now["offset"] is None else now["nbytes"]
+    data = store.read(path_of(now["key"]), now["offset"] or 0, length)
+    return hashlib.sha256(data).hexdigest()
 
 
-def _with_fragments(table: pa.Table, start: int, rule: Fragments, cap: int | None) -> pa.Table:
-    """Number the fragments: consecutive images, bounded by bytes and count, never by time."""
-    most = min(rule.images, max(SMALLEST, table.num_rows // PARTS), cap or rule.images)
-    numbers, inside, nbytes, fragment = [], 0, 0, start
-    for size in table["nbytes"].to_pylist():
-        if inside and (inside >= most or nbytes + size > rule.bytes):
-            fragment, inside, nbytes = fragment + 1, 0, 0
-        numbers.append(fragment)
-        inside, nbytes = inside + 1, nbytes + size
-    place = SCHEMA.get_field_index("fragment")
-    return table.set_column(place, SCHEMA.field("fragment"), pa.array(numbers, pa.int32()))
+def _cut(rows: Packed, most: int, most_bytes: int) -> Iterator[pa.Table]:
+    """Fragments: consecutive images, bounded by bytes and count, never by time."""
+    waiting = rows.schema.empty_table()
+    for batch in rows:
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+        *whole, _last = _sizes(waiting["nbytes"].to_numpy(), most, most_bytes)
+        for size in whole:  # the last one may go on in the next batch
+            yield waiting.slice(0, size)
+            waiting = waiting.slice(size)
+    if waiting.num_rows:
+        yield waiting
 
 
-def _removed(ids: list[int], keys: dict[int, str]) -> pa.Table:
-    rows = _Rows()
-    for image_id in ids:
-        rows.add(
-            image_id=image_id, key=keys[image_id], uri="", member=None, offset=None, nbytes=0,
-            etag="", format="", fragment=-1, problem=None, change="removed", replaces=image_id,
-        )  # fmt: skip
-    return rows.table()
+def _sizes(nbytes: Array, most: int, most_bytes: int) -> Iterator[int]:
+    """How many images each fragment has."""
+    ends, at = np.cumsum(nbytes), 0
+    while at < len(ends):
+        before = ends[at - 1] if at else 0
+        fitting = int(np.searchsorted(ends, before + most_bytes, "right")) - at
+        size = min(most, max(1, fitting), len(ends) - at)
+        yield size
+        at += size
+
+
+def _removed(gone: pa.Table) -> pa.Table:
+    """Rows that ask for nothing: these images are not there any more."""
+    said = {"image_id": gone["image_id"], "key": gone["key"], "replaces": gone["image_id"]}
+    same = {"nbytes": 0, "etag": "", "format": "", "fragment": -1, "change": REMOVED}
+    columns = {
+        field.name: pa.repeat(pa.scalar(same.get(field.name), field.type), gone.num_rows)
+        for field in IN_MEMORY
+    }
+    return pa.table({**columns, **said}, schema=IN_MEMORY)
 
 
 # -------------------------------------------------------------------------------- as objects
@@ -241,10 +379,24 @@ def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
     """The round as one object: a row group per fragment, removed keys in the last one."""
     sink = io.BytesIO()
     notes = {"maskfleet.token": token, "maskfleet.listing": json.dumps(about, sort_keys=True)}
-    with pq.ParquetWriter(sink, SCHEMA.with_metadata(notes), compression="zstd") as writer:
-        for _, start, count in runs(plan.table["fragment"]):
-            writer.write_table(plan.table.slice(start, count), row_group_size=max(1, count))
+    schema = SCHEMA.with_metadata(notes)
+    # No statistics: every reader of a fragment reads the footer, which would be twice as long.
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=False) as writer:
+        for rows in plan.groups():
+            there = rows["fragment"][0].as_py() >= 0
+            uris = [_uri(plan.source, key) if there else "" for key in rows["key"].to_pylist()]
+            rows = rows.add_column(URI, SCHEMA.field(URI), pa.array(uris, pa.string()))
+            writer.write_table(rows, row_group_size=rows.num_rows)
     return sink.getvalue()
+
+
+def _uri(source: str, key: str) -> str:
+    """The object that holds an image; its path is escaped only where it could not be printed."""
+    part = key.partition("#")[0]
+    if "%" in part:
+        path = path_of(key)
+        part = path if path.isprintable() and path.isascii() else part
+    return f"{source}/{part}"
 
 
 def fragments_table(plan: pa.Table) -> pa.Table:

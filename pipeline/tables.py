@@ -6,7 +6,9 @@ its work is done (pyarrow 26, seen in one of ten `maskfleet status`). `ParquetFi
 thread.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +27,25 @@ def read_table(source: bytes | io.IOBase, columns: list[str] | None = None) -> p
         TableDamaged: if it cannot be read.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
+    with _in_our_words():
         return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+
+
+def read_batches(source: io.IOBase, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table, part by part: a large one never lies in memory.
+
+    Raises:
+        TableDamaged: if it cannot be read.
+    """
+    with _in_our_words():
+        table = pq.ParquetFile(source, pre_buffer=False)
+        yield from table.iter_batches(columns=list(columns), use_threads=False)
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
     except StorageError:
         raise
     except (pa.ArrowException, OSError) as error:

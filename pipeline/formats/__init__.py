@@ -10,19 +10,17 @@ A dotted name (``acme.dicom``) loads a format from outside, from the command lin
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from pipeline.errors import RunRefused
 from pipeline.records import EncodedImage, PlannedImage
 from pipeline.storage import Found, Store
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image inside an object, before it has a number."""
+class Entry(NamedTuple):
+    """One image inside an object, before it has a number (a tuple, like `Found`)."""
 
     member: str | None
     """Escaped, unique within the object (pipeline/keys.py); None for a loose file."""

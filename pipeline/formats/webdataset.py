@@ -7,7 +7,6 @@ and the rest is one rejected row with the shard's own key, so nothing vanishes s
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 from pipeline.fetching import LOST, in_flight, lost, read_together, together
@@ -41,7 +40,7 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
                     yield Entry(None, None, 0, skipped=True)
                     continue
                 entry = _entry(member, member_part(member.name, seen), found.nbytes)
-                yield replace(entry, mask=kind == "mask")
+                yield entry._replace(mask=kind == "mask")
         if forward.last.strip(b"\0"):  # tarfile takes a header it cannot read for the end
             whole = len(forward.last) == tarfile.BLOCKSIZE
             raise tarfile.ReadError("a header is damaged" if whole else "unexpected end of data")

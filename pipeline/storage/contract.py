@@ -1,15 +1,16 @@
 """What every store promises, and what it says of an object."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pipeline.errors import StorageError
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One object of a listing."""
+class Found(NamedTuple):
+    """One object of a listing.
+
+    A tuple: there may be millions, and one is made three times as fast as a frozen dataclass.
+    """
 
     path: str
     """Below the store's root, ``/``-separated; undecodable bytes as surrogates."""

@@ -42,8 +42,18 @@ class LocalStore:
         for name, entry in inside:
             if name.endswith("/"):
                 yield from self._below(entry.path, shown + name)
-            elif not entry.name.startswith(PART):
-                yield self._found(entry.path, shown + name)
+            elif not name.startswith(PART):
+                yield self._met(entry, shown + name)
+
+    def _met(self, entry: "os.DirEntry[str]", path: str) -> Found:
+        """An object of a folder: the folder says which are plain files, one call all else."""
+        try:
+            if entry.is_file(follow_symlinks=False):
+                about = entry.stat(follow_symlinks=False)
+                return Found(path, about.st_size, _etag(about), about.st_mtime)
+        except OSError:
+            return Found(path, 0, "", 0.0, regular=False)
+        return self._found(entry.path, path)
 
     def unfinished(self) -> Iterator[Found]:
         """See `Store.unfinished`."""
@@ -60,9 +70,7 @@ class LocalStore:
                 about = os.stat(full)  # noqa: PTH116 - full may hold undecodable bytes
         except OSError:
             return Found(path, 0, "", 0.0, regular=False)
-        return Found(
-            path, about.st_size, f"{about.st_mtime_ns:x}-{about.st_size:x}", about.st_mtime, regular
-        )
+        return Found(path, about.st_size, _etag(about), about.st_mtime, regular)
 
     def _inside(self, full: str) -> bool:
         if not Path(full).is_symlink():
@@ -75,10 +83,8 @@ class LocalStore:
     ) -> bytes:
         """See `Store.read`."""
         with _translated(self.uri), self._opened(path) as file:
-            if etag is not None:
-                about = os.fstat(file.fileno())
-                if f"{about.st_mtime_ns:x}-{about.st_size:x}" != etag:
-                    raise ObjectChanged(f"{printable(path)} was written again since it was planned")
+            if etag is not None and _etag(os.fstat(file.fileno())) != etag:
+                raise ObjectChanged(f"{printable(path)} was written again since it was planned")
             if start:
                 file.seek(start)
             return file.read() if length is None else file.read(length)
@@ -147,6 +153,10 @@ class LocalStore:
         """See `Store.delete`."""
         with _translated(self.uri):
             self._at(path).unlink(missing_ok=True)
+
+
+def _etag(about: os.stat_result) -> str:
+    return f"{about.st_mtime_ns:x}-{about.st_size:x}"
 
 
 def _sync_folder(folder: Path) -> None:

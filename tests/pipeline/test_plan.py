@@ -1,18 +1,25 @@
 """The plan: what is listed, how it is cut into fragments, and what a later round holds."""
 
+import hashlib
 import io
 import os
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline import plan
 from pipeline.config import from_mapping
 from pipeline.errors import RunRefused
+from pipeline.known import SCHEMA as KNOWN
+from pipeline.known import Known
 from pipeline.listing import Listing
 from pipeline.plan import (
     FRAGMENTS,
     SCHEMA,
-    Known,
     Start,
     fragments_table,
     plan_round,
@@ -38,7 +45,7 @@ class Listed:
 
 def planned(store, known=None, first=Start(), listing=None, **knobs):  # noqa: B008 - frozen
     config = from_mapping({"source": "/in", "out": "/out", **knobs})
-    return plan_round(store, config, listing or Listing(), known or {}, first).table
+    return plan_round(store, config, listing or Listing(), known or Known(), first).table
 
 
 def sizes_of(table) -> list[int]:
@@ -82,6 +89,26 @@ def test_fragments_depend_on_counts_and_bytes_alone():
 
     assert one["fragment"].equals(other["fragment"])
     assert one["image_id"].equals(other["image_id"])
+
+
+@given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 7), st.integers(1, 5))
+def test_fragments_are_cut_the_same_however_the_listing_comes_in_parts(nbytes, images, chunk):
+    sizes = {f"{i:03}.jpg": n for i, n in enumerate(nbytes)}
+    expected, inside, held = [], 0, 0
+    for size in nbytes:
+        if inside and (inside >= images or held + size > 100):
+            inside = held = 0
+        expected = expected if inside else [*expected, 0]
+        expected[-1] += 1
+        inside, held = inside + 1, held + size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "CHUNK", chunk)
+        table = planned(Listed(sizes), fragment={"images": images, "bytes": 100})
+
+    assert sizes_of(table) == expected
+    assert table["key"].to_pylist() == list(sizes)
+    assert table["image_id"].to_pylist() == list(range(len(sizes)))
 
 
 def test_ids_count_up_in_key_order():
@@ -195,19 +222,18 @@ def test_a_named_format_is_used_for_every_object_that_is_no_sidecar(tmp_path):
 NEXT = Start(round=1, image_id=10, fragment=3)
 
 
-def known_of(store, table, **reasons):
-    import hashlib
-
+def known_of(store, table, retry=(), **reasons):
     def digest(row):
         data = store.read(row["key"]) if row["member"] is None else b""
         return hashlib.sha256(data).hexdigest()
 
-    return {
-        row["key"]: Known(
-            row["image_id"], row["etag"], row["nbytes"], None, digest(row), reasons.get(row["key"])
-        )
-        for row in table.to_pylist()
-    }
+    images = table.select(["key", "image_id", "etag"]).to_pylist()
+    rows = [
+        {**image, "sha256": digest(row), "reason": reasons.get(image["key"])}
+        for image, row in zip(images, table.to_pylist(), strict=True)
+    ]
+    known = pa.Table.from_pylist(rows, KNOWN)
+    return Known(lambda columns: iter(known.select(columns).to_batches(2)), retry)
 
 
 def changes(table) -> dict[str, tuple[str, int, int, int | None]]:
@@ -249,9 +275,11 @@ def test_an_archive_that_has_not_changed_makes_an_empty_round(tmp_path):
 
 def test_only_images_rejected_for_the_named_reason_are_tried_again(tmp_path):
     store = archive(tmp_path, {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"})
-    known = known_of(store, planned(store), **{"a.jpg": "corrupt", "b.jpg": "vanished"})
+    retry = ["vanished", "timeout"]
+    reasons = {"a.jpg": "corrupt", "b.jpg": "vanished"}
+    known = known_of(store, planned(store), retry, **reasons)
 
-    later = planned(store, known, NEXT, retry=["vanished", "timeout"])
+    later = planned(store, known, NEXT, retry=retry)
 
     assert changes(later) == {"b.jpg": ("retried", 10, 3, 1)}
 
@@ -267,6 +295,46 @@ def test_a_limited_round_removes_nothing_and_tops_up_to_the_limit(tmp_path):
         "0.jpg": ("changed", 10, 3, 0),
         "2.jpg": ("new", 11, 3, None), "3.jpg": ("new", 12, 3, None),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_a_later_round_is_the_same_however_the_listing_comes_in_parts(tmp_path, monkeypatch, limit):
+    store = archive(tmp_path, {f"{i}.jpg": b"1" for i in range(0, 9, 2)})
+    known = known_of(store, planned(store))
+    (tmp_path / "2.jpg").write_bytes(b"another")
+    (tmp_path / "4.jpg").unlink()
+    (tmp_path / "8.jpg").unlink()
+    archive(tmp_path, {"1.jpg": b"2", "3.jpg": b"2", "9.jpg": b"2"})
+    monkeypatch.setattr(plan, "CHUNK", 2)
+    listing = Listing()
+
+    later = planned(store, known, NEXT, listing, limit=limit)
+
+    gone = {"4.jpg": ("removed", 2, -1, 2), "8.jpg": ("removed", 4, -1, 4)}
+    assert changes(later) == {
+        "1.jpg": ("new", 10, 3, None),
+        "2.jpg": ("changed", 11, 3, 1),
+        "3.jpg": ("new", 12, 3, None),
+        **({"9.jpg": ("new", 13, 3, None), **gone} if limit is None else {}),
+    }
+    assert listing.left_out == (0 if limit is None else 1)
+
+
+def test_images_whose_digests_cannot_be_told_apart_are_compared_by_name(tmp_path, monkeypatch):
+    store = archive(tmp_path, {f"{i}.jpg": b"1" for i in range(4)})
+    monkeypatch.setattr(
+        "pipeline.known._digests",
+        lambda keys, etags: np.array(
+            [(7, hash(k)) for k in keys], [("first", "u8"), ("second", "i8")]
+        ),
+    )
+    known = known_of(store, planned(store))
+    (tmp_path / "2.jpg").write_bytes(b"another")
+    (tmp_path / "3.jpg").unlink()
+
+    later = planned(store, known, NEXT)
+
+    assert changes(later) == {"2.jpg": ("changed", 10, 3, 2), "3.jpg": ("removed", 3, -1, 3)}
 
 
 def test_rows_of_a_table_that_was_written_again_count_as_changed(tmp_path):
@@ -292,7 +360,7 @@ def test_the_plans_columns_are_frozen():
 def test_each_fragment_is_a_row_group_that_can_be_read_alone(tmp_path):
     store = archive(tmp_path, {f"{i}.jpg": b"1" for i in range(7)})
     config = from_mapping({"source": "/in", "out": "/out", "fragment": {"images": 3}})
-    made = plan_round(store, config, Listing(), {}, Start())
+    made = plan_round(store, config, Listing(), Known(), Start())
 
     file = pq.ParquetFile(io.BytesIO(to_parquet(made, "token", {})))
 

@@ -12,25 +12,28 @@ Transparent pixels are read in the colour they are stored with.
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from pipeline.batch import pack
 from pipeline.clock import Clock
-from pipeline.infer import Segmenter
 from pipeline.line import Line
 from pipeline.measure import ClassifiedImage, RejectedImage
 from pipeline.pictures import ahead
 from pipeline.records import Array, EncodedImage, Pixels, Verdict
 from pipeline.tile import Picture, Tile, TileAnswer
 
+if TYPE_CHECKING:
+    from pipeline.infer import Segmenter
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
 def classify(
-    encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: Clock
+    encoded: Iterable[EncodedImage], line: Line, segmenter: "Segmenter", clock: Clock
 ) -> Iterator[ClassifiedImage | RejectedImage]:
     """Encoded images to classes: the segment leg of a classifying run.
 

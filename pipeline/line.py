@@ -1,18 +1,21 @@
 """All that the legs need, made from the run folder alone, on any machine."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import DecodeLimits
-from pipeline.infer import Segmenter
 from pipeline.ledger import Ledger
 from pipeline.mixing import Mixer
 from pipeline.plan import path_of_round, read_fragment
 from pipeline.records import PlannedImage, Task
 from pipeline.storage import Store, open_store
 from pipeline.tile import Grid
+
+if TYPE_CHECKING:
+    from pipeline.infer import Segmenter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,8 +44,10 @@ class Line:
         about = self.config.decode
         return DecodeLimits(max_bytes=about.max_bytes, max_pixels=about.max_pixels)
 
-    def segmenter(self) -> Segmenter:
+    def segmenter(self) -> "Segmenter":
         """The run's own copy of its model, on this machine's device."""
+        from pipeline.infer import Segmenter  # torch: not for the driver of a cluster
+
         return Segmenter.of(self.ledger.bundle_files(), self.config)
 
     def images(self, task: Task) -> list[PlannedImage]:

@@ -332,7 +332,7 @@ def _cut(rows: Packed, most: int, most_bytes: int) -> Iterator[pa.Table]:
     waiting = rows.schema.empty_table()
     for batch in rows:
         waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
-        *whole, _last = _sizes(waiting["nbytes"].to_numpy(), most, most_bytes)
+        *whole, _ = _sizes(waiting["nbytes"].to_numpy(), most, most_bytes)
         for size in whole:  # the last one may go on in the next batch
             yield waiting.slice(0, size)
             waiting = waiting.slice(size)

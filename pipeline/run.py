@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from pipeline import formats
 from pipeline.batch import pack
@@ -25,7 +25,6 @@ from pipeline.careful import segment_carefully
 from pipeline.classify import classify
 from pipeline.clock import Clock
 from pipeline.errors import Reason, RunStuck
-from pipeline.infer import Segmenter
 from pipeline.large import LargeMask
 from pipeline.line import Line
 from pipeline.measure import MaskSink, MeasuredMask, RejectedImage, Result, SlotMask, measure
@@ -33,6 +32,9 @@ from pipeline.packing import object_of
 from pipeline.pictures import decoded
 from pipeline.records import EncodedImage, PlannedImage, Receipt, Task, Verdict
 from pipeline.tile import Picture, Rows, Strip, TileAnswer, cut, stitch
+
+if TYPE_CHECKING:
+    from pipeline.infer import Segmenter
 
 WATCH_S = 5.0  # how often the watchdog looks
 
@@ -59,7 +61,7 @@ def _fetched(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImag
 def segment(
     encoded: Iterable[EncodedImage],
     line: Line,
-    segmenter: Segmenter,
+    segmenter: "Segmenter",
     clock: Clock,
     slots: int | None = None,
 ) -> Iterator[MeasuredMask | RejectedImage]:
@@ -119,7 +121,7 @@ def masked(
 def answer(
     encoded: Iterable[EncodedImage],
     line: Line,
-    segmenter: Segmenter,
+    segmenter: "Segmenter",
     clock: Clock,
     slots: int | None = None,
 ) -> Iterator[Result]:
@@ -130,7 +132,7 @@ def answer(
 
 
 def attempt(
-    task: Task, encoded: Iterable[EncodedImage], line: Line, segmenter: Segmenter, clock: Clock
+    task: Task, encoded: Iterable[EncodedImage], line: Line, segmenter: "Segmenter", clock: Clock
 ) -> Iterator[Result]:
     """`answer`; where an earlier attempt did not end, image by image in a child process."""
     if line.ledger.begin_attempt(task.fragment) == 0:
@@ -167,7 +169,7 @@ class Turn:
 
 
 def run_fragment(
-    task: Task, line: Line, segmenter: Segmenter, clock: Clock, turn: Turn
+    task: Task, line: Line, segmenter: "Segmenter", clock: Clock, turn: Turn
 ) -> Receipt | None:
     """All three legs in this thread; None if there is nothing to do (any more)."""
     if line.ledger.is_committed(task.fragment):
@@ -185,7 +187,7 @@ def run_fragment(
 
 
 def run_here(
-    tasks: Iterable[Task], line: Line, segmenter: Segmenter, workers: int, stop: threading.Event
+    tasks: Iterable[Task], line: Line, segmenter: "Segmenter", workers: int, stop: threading.Event
 ) -> Iterator[Receipt]:
     """Every fragment in this process, ``workers`` segmented at a time; after ``stop`` only those.
 

@@ -28,8 +28,8 @@ def test_a_leg_is_not_charged_for_the_legs_that_feed_it():
             yield item
 
     assert list(clock.over("outer", feeding(clock.over("inner", fed())))) == [1, 1, 1]
-    assert 0.03 <= clock.busy["inner"] < 0.04
-    assert 0.015 <= clock.busy["outer"] < 0.025
+    assert clock.busy["inner"] >= 0.03
+    assert 0.015 <= clock.busy["outer"] < clock.busy["inner"]
     assert clock.seconds["inner"] >= clock.busy["inner"]
 
 

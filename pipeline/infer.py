@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from models import load_bundle_bytes
+from models.parts.replay import Replayed
 from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
@@ -75,6 +76,8 @@ class Segmenter:
                 )
             work = "scores" if self.bundle.task == "classify" else "grid"
             setattr(self.model, work, torch.compile(getattr(self.model, work)))
+        elif self.device.type == "cpu" and self.model.replays:
+            self.model.grid = Replayed(self.model, self.model.grid)
         ids = [entry.id for entry in self.bundle.classes]
         self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
         self.fill = int(np.iinfo(self.dtype).max)

@@ -40,6 +40,8 @@ class Network(nn.Module):
     """Input pixels per cell of the native grid."""
     compiles: bool = True
     """Whether torch.compile has something to work on."""
+    replays: bool = False
+    """Whether the operations of its work follow from the shape of its input alone (replay.py)."""
     receptive_field: int | None
     """Pixels one answer depends on; None: all of them."""
 

@@ -294,8 +294,9 @@ def test_a_bucket_that_grew_and_lost_is_followed_by_computing_only_what_is_new(
 def test_objects_deleted_or_replaced_after_planning_are_rejected_as_such(
     fault_proxy, s3, bucket, source, run, tiny_bundle, tmp_path
 ):
-    # the plan is there as soon as the first commit is tried: hold that up
-    held = fault_proxy.fault("delay", "PUT", COMMIT, seconds=3.0, times=1)
+    # the plan is there as soon as the first commit is tried: hold that up, and the fragment that is
+    # in flight beside it
+    held = fault_proxy.fault("delay", "PUT", COMMIT, seconds=3.0, times=2)
     with runs.driver(runs.words(source, run, tiny_bundle, *FEW), tmp_path / "log") as driver:
         runs.until(lambda: held.done, "the first commit")
         s3.delete_object(Bucket=bucket, Key="in/loose/2/029.png")

@@ -65,7 +65,8 @@ def test_a_writer_that_was_frozen_in_its_commit_adopts_what_another_driver_commi
         late.signal(signal.SIGCONT)
         assert late.wait() == EXIT_REJECTIONS, late.said
     assert runs.commits(run) == made
-    assert runs.this_call(run)["adopted"] in (1, 2)  # the other thread may have been at work too
+    # what was in flight beside it, with two workers: one more segmented, two fetched or stored
+    assert 1 <= runs.this_call(run)["adopted"] <= 4
     runs.assert_same(run, oracle)
 
 

@@ -53,17 +53,13 @@ _OF_SUFFIX: dict[str, Kind] = {
 
 def kind_of_name(path: str) -> Kind:
     """The kind a path (or a member name) suggests."""
-    if path.endswith("/") or (_dotted(path) and _hidden(path)):
+    if path.endswith("/") or (("/." in path or path.startswith(".")) and _hidden(path)):
         return "skip"
     name = path.rpartition("/")[2].lower()
     if name in SIDECAR_NAMES:
         return "skip"
     _, dot, suffix = name.rpartition(".")
     return _OF_SUFFIX.get(dot + suffix, "unknown") if dot else "image"
-
-
-def _dotted(path: str) -> bool:
-    return path.startswith(".") or "/." in path
 
 
 def _hidden(path: str) -> bool:

@@ -56,7 +56,7 @@ _OF_SUFFIX: dict[str, Kind] = {
 
 def kind_of_name(path: str) -> Kind:
     """The kind a path (or a member name) suggests."""
-    if path.endswith("/") or (_dotted(path) and _hidden(path)):
+    if path.endswith("/") or (("/." in path or path.startswith(".")) and _hidden(path)):
         return "skip"
     name = path.rpartition("/")[2].lower()
     if name in SIDECAR_NAMES:
@@ -76,10 +76,6 @@ def picture_of_mask(path: str) -> str | None:
     """The picture, less its suffix, that a mask of this name is of; None for all other names."""
     endings = (end for end in MASK_ENDINGS if path.lower().endswith(end))
     return next((path[: -len(end)] for end in endings), None)
-
-
-def _dotted(path: str) -> bool:
-    return path.startswith(".") or "/." in path
 
 
 def _hidden(path: str) -> bool:

@@ -22,13 +22,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
 from pipeline.layout import ARRAY, MASKS, Layout, class_attributes, group_json
-from pipeline.plan import FRAGMENTS, fragments_table, path_of_fragments, path_of_round
+from pipeline.plan import (
+    FRAGMENTS,
+    fragments_table,
+    path_of_fragments,
+    path_of_round,
+    read_fragment,
+)
 from pipeline.ranged import Ranged
+from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
 from pipeline.tables import TableDamaged, read_table, write_table
 from pipeline.tile import Grid
@@ -58,6 +66,8 @@ class Ledger:
     def __init__(self, store: Store, run: Json) -> None:
         self.store = store
         self.run = run
+        self._plans: dict[int, tuple[int, pq.FileMetaData]] = {}
+        """Length and footer of each plan: a long one, and the same for every fragment."""
 
     # ------------------------------------------------------------------------------- whose it is
 
@@ -221,6 +231,16 @@ class Ledger:
                 f"{self.store.uri}/{path}: {error}; a plan cannot be made again: restore the object"
             ) from error
 
+    def planned(self, number: int, row_group: int) -> list[PlannedImage]:
+        """The images of one fragment, in plan order: one request, once the footer is here."""
+        path = path_of_round(number)
+        if number not in self._plans:
+            with self.plan_file(path) as file:
+                self._plans[number] = file.nbytes, pq.ParquetFile(file).metadata
+        nbytes, footer = self._plans[number]
+        file = Ranged(self.store, path, nbytes, None)
+        return read_fragment(pq.ParquetFile(file, metadata=footer), row_group)
+
     def fragments(self, number: int) -> pa.Table:
         """The fragments of a round; taken from its plan where their own table is no good."""
         try:
@@ -298,20 +318,37 @@ class Ledger:
         Raises:
             FragmentDamaged: naming the object.
         """
-        try:
+        start = self._start_of(commit)
+        with self._naming(commit):
+            return read_header(start)
+
+    def headers(self, commits: list[Commit]) -> Iterator[tuple[Commit, Header]]:
+        """Headers in the given order, several requests in flight, few in memory.
+
+        Threads wait for bytes only: tables made in many threads would leave a hole in each one's
+        part of the memory.
+        """
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="header") as pool:
+            for first in range(0, len(commits), AT_ONCE * 4):
+                part = commits[first : first + AT_ONCE * 4]
+                for commit, start in zip(part, pool.map(self._start_of, part), strict=True):
+                    with self._naming(commit):
+                        header = read_header(start)
+                    yield commit, header
+
+    def _start_of(self, commit: Commit) -> bytes:
+        with self._naming(commit):
             start = self.store.read(commit.path, 0, HEADER_GUESS)
             if (need := header_nbytes(start)) > len(start):
                 start = self.store.read(commit.path, 0, need)
-            return read_header(start)
+            return start
+
+    @contextlib.contextmanager
+    def _naming(self, commit: Commit) -> Iterator[None]:
+        try:
+            yield
         except FragmentDamaged as error:
             raise FragmentDamaged(f"{self.store.uri}/{commit.path}: {error}") from error
-
-    def headers(self, commits: list[Commit]) -> Iterator[tuple[Commit, Header]]:
-        """Headers in the given order, several requests in flight, few in memory."""
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="header") as pool:
-            for start in range(0, len(commits), AT_ONCE * 4):
-                part = commits[start : start + AT_ONCE * 4]
-                yield from zip(part, pool.map(self.header, part), strict=True)
 
     # ------------------------------------------------------------------------------- what is final
 

@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
-
 from pipeline.config import Compute, SegmentConfig
 from pipeline.decode import DecodeLimits
 from pipeline.ledger import Ledger
 from pipeline.mixing import Mixer
-from pipeline.plan import path_of_round, read_fragment
 from pipeline.records import PlannedImage, Task
 from pipeline.storage import Store, open_store
 from pipeline.tile import Grid
@@ -52,5 +49,4 @@ class Line:
 
     def images(self, task: Task) -> list[PlannedImage]:
         """The planned images of a fragment."""
-        with self.ledger.plan_file(path_of_round(task.round)) as file:
-            return read_fragment(pq.ParquetFile(file), task.row_group)
+        return self.ledger.planned(task.round, task.row_group)

@@ -16,7 +16,7 @@ from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
 
 INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
-LOOK_AHEAD = 8 * INDEXED_AT_ONCE  # objects listed beyond the one that is waited for
+LOOK_AHEAD = 2 * INDEXED_AT_ONCE  # objects beyond the awaited one; their members wait in memory
 
 
 @dataclass(slots=True)

@@ -3,11 +3,16 @@
 Of a classifying run: pictures and their classes.
 """
 
+# pyarrow.compute makes its functions when it is imported; no type checker can see them.
+# pyright: reportAttributeAccessIssue=false
+
 import io
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import ImageRejected, StorageError
@@ -30,10 +35,10 @@ INK, PAPER, NOTHING = (30, 30, 30), (255, 255, 255), (200, 200, 200)
 def overview(run: Run) -> bytes | None:
     """A PNG of up to eight images spread over the run; None if none can be shown."""
     if run.ledger.layout.has_masks:
-        masks = _shown(run, run.mask)
+        masks = _shown(run, run.mask_of)
         sheet = _with_masks(masks, run.classes) if masks else None
     else:
-        labels = _shown(run, run.prediction)
+        labels = _shown(run, run.prediction_of)
         sheet = _with_labels(labels) if labels else None
     if sheet is None:
         return None
@@ -42,17 +47,17 @@ def overview(run: Run) -> bytes | None:
     return sink.getvalue()
 
 
-def _shown(run: Run, answer: Callable[[str], T]) -> list[tuple[str, Array, T]]:
+def _shown(run: Run, answer: Callable[[dict[str, Any]], T]) -> list[tuple[str, Array, T]]:
     """Keys, pictures and answers."""
-    rows = []
-    for key in _chosen(run):
+    shown = []
+    for row in _chosen(run):
         try:
-            rows.append((key, rgb(run.picture(key)), answer(key)))
+            shown.append((row["key"], rgb(run.picture_of(row)), answer(row)))
         except (ImageRejected, StorageError):  # gone since: another one is shown in its place
             continue
-        if len(rows) == SHOWN:
+        if len(shown) == SHOWN:
             break
-    return rows
+    return shown
 
 
 def _with_masks(
@@ -100,14 +105,14 @@ def paste(sheet: Image.Image, small: Image.Image, left: int, top: int) -> None:
     sheet.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
 
 
-def _chosen(run: Run) -> list[str]:
-    """Keys spread evenly, with spares behind them."""
-    rows = run.images.select(["key", "status", "height", "width"]).to_pylist()
-    keys = [
-        r["key"] for r in rows if r["status"] == "done" and r["height"] * r["width"] <= MOST_PIXELS
-    ]
-    spread = [keys[i * len(keys) // SHOWN] for i in range(SHOWN)] if len(keys) > SHOWN else keys
-    return list(dict.fromkeys([*spread, *keys[: 2 * SHOWN]]))
+def _chosen(run: Run) -> list[dict[str, Any]]:
+    """Images rows spread evenly, with spares behind them."""
+    about = run.columns(["status", "height", "width"])
+    pixels = pc.multiply(about["height"].cast(pa.int64()), about["width"])
+    small = pc.and_kleene(pc.equal(about["status"], "done"), pc.less_equal(pixels, MOST_PIXELS))
+    fit = np.flatnonzero(small).tolist()
+    spread = [fit[i * len(fit) // SHOWN] for i in range(SHOWN)] if len(fit) > SHOWN else fit
+    return run.rows(list(dict.fromkeys([*spread, *fit[: 2 * SHOWN]])))
 
 
 def painted(mask: Array, classes: list[dict[str, Any]]) -> Array:

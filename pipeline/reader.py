@@ -8,7 +8,7 @@ and speed: a mask is one range request and one decompression per slot.
 # pyright: reportAttributeAccessIssue=false
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pipeline.layout import REGION
 from pipeline.ledger import Commit, Ledger
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import open_store
-from pipeline.tables import read_table
+from pipeline.tables import read_rows, read_table
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -138,10 +138,30 @@ class Run:
             raise KeyError(f"{key!r} is not in {self._store.uri}")
         return self.images.slice(self._row_of_key[key], 1).to_pylist()[0]
 
+    def columns(self, names: list[str]) -> pa.Table:
+        """Some columns of `images`, without reading the others."""
+        return self._columns("images", names)
+
+    def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Some rows of `images`, counted from 0, without reading the others."""
+        return self._rows("images", numbers)
+
+    def _columns(self, table: str, names: list[str]) -> pa.Table:
+        if table in self.__dict__ or not self.ledger.manifests():  # it is in memory, or must be
+            return getattr(self, table).select(names)
+        with self.ledger.plan_file(f"final/{table}.parquet") as file:
+            return read_table(file, names)
+
+    def _rows(self, table: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        if table in self.__dict__ or not self.ledger.manifests():
+            return getattr(self, table).take(pa.array(numbers, pa.int64())).to_pylist()
+        with self.ledger.plan_file(f"final/{table}.parquet") as file:
+            return read_rows(file, numbers)
+
     @cached_property
-    def _prediction_of_image(self) -> dict[int, int]:
-        ids = self.predictions["image_id"].to_pylist()
-        return {image_id: row for row, image_id in enumerate(ids)}
+    def _predicted(self) -> Array:
+        """The image_id of each row of `predictions`, ascending."""
+        return self._columns("predictions", ["image_id"])["image_id"].to_numpy()
 
     def prediction(self, key: str) -> dict[str, Any]:
         """The class of an image: its predictions row.
@@ -150,8 +170,14 @@ class Run:
             KeyError: if the run has no such image, or it was rejected (with the reason).
             RunRefused: if the run's model is no classifier.
         """
-        places, row = self._prediction_of_image, _done(self.row(key), "class")
-        return self.predictions.slice(places[row["image_id"]], 1).to_pylist()[0]
+        row = self.row(key)
+        self.predictions  # noqa: B018 - all of them: more will be asked for
+        return self.prediction_of(row)
+
+    def prediction_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`prediction`, for those who have the images row."""
+        image_id = _done(row, "class")["image_id"]
+        return self._rows("predictions", [int(np.searchsorted(self._predicted, image_id))])[0]
 
     def _refuse_without_masks(self) -> None:
         if not self.ledger.layout.has_masks:
@@ -167,8 +193,12 @@ class Run:
             KeyError: if the run has no such image, or it was rejected (with the reason).
             RunRefused: if the run's model is a classifier.
         """
+        return self.mask_of(self.row(key))
+
+    def mask_of(self, row: dict[str, Any]) -> Array:
+        """`mask`, for those who have the images row."""
         self._refuse_without_masks()
-        return self._pixels(self.row(key), confidence=False)
+        return self._pixels(row, confidence=False)
 
     def confidence(self, key: str) -> Array:
         """Confidence of each pixel, [H, W] uint8, 255 = certain; only of runs with --confidence."""
@@ -220,9 +250,13 @@ class Run:
         Raises:
             ImageRejected: if it is no longer there or no longer the same.
         """
+        return self.picture_of(self.row(key))
+
+    def picture_of(self, row: dict[str, Any]) -> Array:
+        """`picture`, for those who have the images row."""
         from pipeline.decode import DecodeLimits, decode
 
-        plan = self._planned(key)
+        plan = self._planned(row)
         source = open_store(self.ledger.config.source)
         from pipeline import formats
 
@@ -233,26 +267,25 @@ class Run:
             raise (
                 ImageRejected(verdict.station, verdict.reason, verdict.detail)
                 if verdict
-                else KeyError(key)
+                else KeyError(row["key"])
             )
         return decode(
             item.data, DecodeLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
         ).values_HWC
 
     @cached_property
-    def _plans(self) -> pa.Table:
-        names = list(PlannedImage.__dataclass_fields__)
-        return pa.concat_tables([self.ledger.plan(n, names) for n in self.ledger.rounds()])
+    def _group_of_fragment(self) -> dict[int, tuple[int, int]]:
+        """The round of each fragment, and the row group of that round's plan."""
+        groups = {}
+        for number in self.ledger.rounds():
+            table = self.ledger.fragments(number)
+            pairs = zip(*(table[n].to_pylist() for n in ("fragment", "row_group")), strict=True)
+            groups |= {fragment: (number, group) for fragment, group in pairs}
+        return groups
 
-    def _planned(self, key: str) -> PlannedImage:
-        image_id = self.row(key)["image_id"]
-        found = self._plans.filter(
-            pc.and_(
-                pc.equal(self._plans["image_id"], image_id),
-                pc.greater_equal(self._plans["fragment"], 0),
-            )
-        )
-        return PlannedImage(**found.to_pylist()[0])
+    def _planned(self, row: dict[str, Any]) -> PlannedImage:
+        images = self.ledger.planned(*self._group_of_fragment[row["fragment"]])
+        return next(image for image in images if image.image_id == row["image_id"])
 
     def torch_dataset(self, pictures: bool = False) -> "Dataset":
         """A map-style torch data set of all masks, in image_id order.

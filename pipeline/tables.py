@@ -9,6 +9,7 @@ thread.
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,26 @@ def read_batches(source: io.IOBase, columns: Sequence[str]) -> Iterator[pa.Recor
     with _in_our_words():
         table = pq.ParquetFile(source, pre_buffer=False)
         yield from table.iter_batches(columns=list(columns), use_threads=False)
+
+
+def read_rows(source: io.IOBase, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows of a table by number, counted from 0: only their row groups are read.
+
+    Raises:
+        TableDamaged: if it cannot be read.
+    """
+    found = {}
+    with _in_our_words():
+        table = pq.ParquetFile(source, pre_buffer=False)
+        start = 0
+        for group in range(table.num_row_groups):
+            end = start + table.metadata.row_group(group).num_rows
+            if inside := [number for number in numbers if start <= number < end]:
+                rows = table.read_row_group(group, use_threads=False)
+                chosen = rows.take(pa.array([number - start for number in inside]))
+                found |= dict(zip(inside, chosen.to_pylist(), strict=True))
+            start = end
+    return [found[number] for number in numbers]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 from pipeline.errors import RunRefused, StorageBusy, StorageDenied, StorageError, StorageMissing
@@ -35,25 +36,14 @@ class LocalStore:
     def _below(self, folder: str, shown: str) -> Iterator[Found]:
         with _translated(folder), os.scandir(folder) as entries:
             # A folder sorts as "name/": so the walk is in byte order of whole paths, like S3's.
-            inside = sorted(
-                ((e.name + "/" if e.is_dir(follow_symlinks=False) else e.name, e) for e in entries),
-                key=lambda pair: os.fsencode(pair[0]),
-            )
-        for name, entry in inside:
+            # Only names are kept: one folder may hold a million.
+            names = [e.name + "/" if e.is_dir(follow_symlinks=False) else e.name for e in entries]
+        names.sort(key=None if "".join(names).isascii() else os.fsencode)
+        for name in names:
             if name.endswith("/"):
-                yield from self._below(entry.path, shown + name)
+                yield from self._below(f"{folder}/{name[:-1]}", shown + name)
             elif not name.startswith(PART):
-                yield self._met(entry, shown + name)
-
-    def _met(self, entry: "os.DirEntry[str]", path: str) -> Found:
-        """An object of a folder: the folder says which are plain files, one call all else."""
-        try:
-            if entry.is_file(follow_symlinks=False):
-                about = entry.stat(follow_symlinks=False)
-                return Found(path, about.st_size, _etag(about), about.st_mtime)
-        except OSError:
-            return Found(path, 0, "", 0.0, regular=False)
-        return self._found(entry.path, path)
+                yield self._found(f"{folder}/{name}", shown + name)
 
     def unfinished(self) -> Iterator[Found]:
         """See `Store.unfinished`."""
@@ -64,10 +54,10 @@ class LocalStore:
 
     def _found(self, full: str, path: str) -> Found:
         try:
-            about = os.lstat(full)
-            regular = os.path.isfile(full) and self._inside(full)  # noqa: PTH113 - never raises
-            if regular:
-                about = os.stat(full)  # noqa: PTH116 - full may hold undecodable bytes
+            about, regular = os.lstat(full), True
+            if not S_ISREG(about.st_mode):
+                regular = os.path.isfile(full) and self._inside(full)  # noqa: PTH113 - never raises
+                about = os.stat(full) if regular else about  # noqa: PTH116 - full may be undecodable
         except OSError:
             return Found(path, 0, "", 0.0, regular=False)
         return Found(path, about.st_size, _etag(about), about.st_mtime, regular)

@@ -82,12 +82,13 @@ def test_killed_between_any_two_steps_of_any_write_it_resumes_to_the_same_run(
     assert not failed, f"of {count} steps: {failed}"
 
 
+@pytest.mark.timeout(300)  # a fragment killed twice goes picture by picture, each in a child
 def test_killed_again_and_again_it_ends_in_the_same_run(archive, tiny_bundle, oracle, tmp_path):
     run, log, chance = tmp_path / "run", tmp_path / "log", random.Random(5)
     words = runs.words(archive, run, tiny_bundle)
     kills, seen = 0, {}
     while True:
-        step = chance.randrange(3, 40)  # to make a run final takes 22
+        step = chance.randrange(3, 60)  # to make a run final takes 22
         with runs.driver(words, log, None, runs.signal_at_step, step) as driver:
             code = driver.wait()
         now = runs.commits(run)

@@ -30,7 +30,7 @@ def test_a_leg_is_not_charged_for_the_legs_that_feed_it():
     assert list(clock.over("outer", feeding(clock.over("inner", fed())))) == [1, 1, 1]
     assert clock.busy["inner"] >= 0.03
     assert 0.015 <= clock.busy["outer"] < clock.busy["inner"]
-    assert clock.seconds["inner"] >= clock.busy["inner"]
+    assert clock.seconds["inner"] >= 0.999 * clock.busy["inner"]  # two clocks, read in turn
 
 
 def test_waiting_is_not_working():

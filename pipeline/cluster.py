@@ -68,6 +68,10 @@ WORKERS = {"MALLOC_ARENA_MAX": "1"}
 """What glibc must know when a worker starts: Ray's threads have made their arenas before our code
 runs, and memory freed in one never serves another (`pipeline.infer.keep_freed_memory`)."""
 
+KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
+"""Ray ends task workers beyond its count of cores after an idle second, though fragments are longer
+than that; each start anew costs two seconds of a core (measured: a fifth of a run on two cores)."""
+
 
 class OnRay:
     """A Ray cluster as the place where fragments run."""
@@ -107,6 +111,7 @@ class OnRay:
                         object_store_memory=memory,
                         include_dashboard=False,
                         _node_ip_address="127.0.0.1",
+                        _system_config=KEEP_WORKERS,
                         **common,
                     )
                 elif where == "auto":

@@ -11,6 +11,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
+from pipeline.cluster import KEEP_WORKERS
+
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 CLUSTER = yaml.safe_load(PATH.read_text())
 NODE_TYPES = CLUSTER["available_node_types"]
@@ -74,6 +76,10 @@ def test_workers_get_a_tuned_allocator_and_one_thread_each():
         "OMP_NUM_THREADS=1",
     ):
         assert setting in exported
+
+
+def test_workers_outlive_the_pause_between_two_fragments():
+    assert flags_of("head")["system_config"] == KEEP_WORKERS
 
 
 def test_all_nodes_run_the_ray_that_the_project_pins():

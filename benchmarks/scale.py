@@ -1,11 +1,13 @@
 """Plan, resume, status, finalize and report over archives of up to millions of pictures.
 
     python -m benchmarks.scale [--images 10000 100000 1000000] [--ready 10000000]
+        [--shards 1000000]
 
 The archive is real small files (hard links, benchmarks/synthetic.py), its answers are true fragment
-objects with made-up masks; `--ready` plans a bucket whose listing costs nothing. Every piece of
-work has a process of its own, imports included (benchmarks/measured.py): `plan` lists and plans,
-`answer` commits every fragment and finishes, `no-op resume` is the whole command again.
+objects with made-up masks; `--ready` plans a bucket whose listing costs nothing, `--shards` tar
+shards and Parquet tables. Every piece of work has a process of its own, imports included
+(benchmarks/measured.py): `plan` lists and plans, `answer` commits every fragment and finishes,
+`no-op resume` is the whole command again.
 """
 
 import argparse
@@ -39,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--ready", type=int, nargs="*", default=[])
+    parser.add_argument("--shards", type=int, nargs="*", default=[])
     given = parser.parse_args()
     lines = [
         "| pictures | work | seconds | CPU seconds | most memory, MB | requests |",
@@ -51,6 +54,11 @@ def main() -> None:
     for images in given.ready:
         cost = cost_of("index", f"{synthetic.READY}{images}")
         costs.append((images, "plan in memory, listing ready", cost))
+    for images in given.shards:
+        for kind, made in (("tar", synthetic.write_tars), ("Parquet", synthetic.write_tables)):
+            with tempfile.TemporaryDirectory() as folder:
+                cost = cost_of("index", made(Path(folder) / "in", images))
+            costs.append((images, f"plan in memory, {kind} shards", cost))
     for images, work, cost in costs:
         asked = ", ".join(f"{count:,} {name}" for name, count in sorted(cost.requests.items()))
         lines.append(

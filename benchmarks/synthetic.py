@@ -1,13 +1,14 @@
 """Archives and answers that are no more real than planning, resuming and finishing can tell.
 
-`write` makes a local archive of a million pictures in seconds (hard links to a few files), `Ready`
-is a bucket whose listing is there without asking, `Pretended` a place that commits true fragment
-objects without a model.
+`write` makes a local archive of a million pictures in seconds (hard links to a few files),
+`write_tars` and `write_tables` shards of them, `Ready` is a bucket whose listing is there without
+asking, `Pretended` a place that commits true fragment objects without a model.
 """
 
 import hashlib
 import io
 import os
+import tarfile
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.config import Compute, SegmentConfig
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 SIDE = 16
 LINKS = 1000  # names of one inode: file systems allow some ten thousand
+IN_A_SHARD, IN_A_GROUP = 10_000, 100  # pictures of a shard, and rows of a row group
+MEMBER = 100_000  # bytes of a tar member, as of a small photograph
 REJECTED = 100  # every hundredth image has no mask
 READY = "s3://ready-listing/"
 
@@ -57,6 +61,32 @@ def write(folder: Path, images: int) -> Path:
         original.write_bytes(data)
         for number in range(first + 1, min(first + LINKS, images)):
             os.link(original, folder / name(number))
+    return folder
+
+
+def write_tars(folder: Path, images: int) -> Path:
+    """Tar shards of members as long as photographs; their content is a hole in the file."""
+    folder.mkdir()
+    whole = -(-MEMBER // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    for first in range(0, images, IN_A_SHARD):
+        with (folder / f"shard-{first // IN_A_SHARD:05d}.tar").open("wb") as shard:
+            for number in range(first, min(first + IN_A_SHARD, images)):
+                member = tarfile.TarInfo(name(number))
+                member.size = MEMBER
+                shard.write(member.tobuf())
+                shard.seek(whole, io.SEEK_CUR)
+            shard.write(bytes(2 * tarfile.BLOCKSIZE))
+    return folder
+
+
+def write_tables(folder: Path, images: int) -> Path:
+    """Parquet shards of small pictures; an index reads their footers only."""
+    folder.mkdir()
+    data = picture()
+    for first in range(0, images, IN_A_SHARD):
+        table = pa.table({"image": [data] * min(IN_A_SHARD, images - first)})
+        where = folder / f"shard-{first // IN_A_SHARD:05d}.parquet"
+        pq.write_table(table, where, row_group_size=IN_A_GROUP)
     return folder
 
 

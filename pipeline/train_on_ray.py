@@ -18,6 +18,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, cast
 
 from pipeline.checkpoints import Checkpoints
@@ -32,6 +33,7 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data as rd
 import ray.train
@@ -43,7 +45,7 @@ PART_CPUS = 0.25  # decoding and augmenting; a worker's threads take what is lef
 LEAST_CPUS = 0.01
 LOST = 100  # workers or nodes lost before it gives up; each costs the steps since a checkpoint
 RESIZE_S = 60  # between two looks for room for more workers
-BLOCKS = 10_000  # tasks that the rest of a training is cut into, at most
+TASKS = 1000  # that the rest of a training is cut into; Ray's books take milliseconds for each
 
 
 class TrainOnRay(OnRay):
@@ -112,12 +114,16 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
     state = Checkpoints(job.uri, job.call).newest()
     begin = 0 if state is None else state.done
     steps = max(1, steps_of(job.train.recipe, len(job.train.items)) - begin)
-    # A step of each task is enough; more would only make the cluster's books longer.
-    rows = rd.range(steps, override_num_blocks=min(steps, BLOCKS))
+    each = max(1, steps // TASKS)
+    stretches = [
+        pa.table({"begin": [first], "end": [min(first + each, begin + steps)]})
+        for first in range(begin, begin + steps, each)
+    ]
+    rows = rd.from_arrow(stretches)
     rows.context.target_max_block_size = 1  # a part is a block: so each worker gets its own
     return rows.map_batches(
         _made,
-        fn_args=(ray.put(job), begin, settings),
+        fn_args=(ray.put(job), settings),
         batch_size=1,
         batch_format="numpy",
         num_cpus=PART_CPUS,
@@ -127,13 +133,12 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
 def _made(
     row: dict[str, Any],
     reference: Any,  # noqa: ANN401 - an ObjectRef
-    begin: int,
     settings: str,
 ) -> Iterator[dict[str, Any]]:
     with_settings(settings)
     job = _held(reference)
-    step = begin + int(row["id"][0])
-    for slot in range(job.parts):
+    begin, end = int(row["begin"][0]), int(row["end"][0])
+    for step, slot in product(range(begin, end), range(job.parts)):
         part = job.train.part(step, slot, job.parts)
         yield {
             "step": np.array([part.step]),

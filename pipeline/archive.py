@@ -37,7 +37,7 @@ from pipeline.errors import (
     RunUnfinished,
     StorageError,
 )
-from pipeline.finalize import Counts, final_counts, finalize
+from pipeline.finalize import Counts, final_counts, finalize, round_of
 from pipeline.known import Known
 from pipeline.ledger import Ledger
 from pipeline.listing import Listing
@@ -161,7 +161,21 @@ def _tasks(ledger: Ledger) -> tuple[list[Task], int]:
 def _finish_rounds(
     ledger: Ledger, config: SegmentConfig, place: Place, stop: threading.Event, tally: Tally
 ) -> Counts:
-    """Run what is missing of all planned rounds, then make them final."""
+    """Run what is missing of all planned rounds, then make them final.
+
+    Another driver may plan a further round while this one is at it: then that one too.
+    """
+    while True:
+        tasks = _run_missing(ledger, config, place, stop, tally)
+        counts = None if tasks else final_counts(ledger)
+        if (counts := counts or finalize(ledger)) is not None:
+            return counts
+
+
+def _run_missing(
+    ledger: Ledger, config: SegmentConfig, place: Place, stop: threading.Event, tally: Tally
+) -> int:
+    """Run the planned fragments that are not committed; how many they were."""
     tasks, images = _tasks(ledger)
     if tasks:
         tally.total += images
@@ -183,15 +197,20 @@ def _finish_rounds(
         say(config.log, "progress", **facts(tally))
     if stop.is_set():
         raise RunUnfinished("stopped; what is committed stays, run the same command again to go on")
-    counts = None if tasks else final_counts(ledger)
-    return finalize(ledger) if counts is None else counts
+    return len(tasks)
 
 
 def _known(ledger: Ledger, config: SegmentConfig) -> Known:
     """The live images of the finished rounds."""
+    path, newest = "final/images.parquet", ledger.manifests()[-1]
 
     def rows(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with ledger.plan_file("final/images.parquet") as file:
+        if round_of(ledger, path) != newest:
+            raise RunUnfinished(
+                f"{ledger.store.uri}/{path} is not that of round {newest}: another driver has "
+                "written it meanwhile; run the same command again"
+            )
+        with ledger.plan_file(path) as file:
             yield from read_batches(file, columns)
 
     return Known(rows, config.retry)

@@ -22,6 +22,7 @@ from pipeline.errors import RunUnfinished
 from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, Header
 from pipeline.layout import Layout
 from pipeline.ledger import Commit, Ledger, now
+from pipeline.tables import TableDamaged, in_our_words, open_table
 
 REJECTED = pa.schema(
     [IMAGES.field(name) for name in ("image_id", "key", "uri", "station", "reason")]
@@ -44,6 +45,8 @@ FRAGMENTS = pa.schema(
     ]
 )
 
+ROUND = b"maskfleet.round"
+"""In the footer of each final table: the newest round that it knows."""
 ROW_GROUP = 32_768  # STORE §4.1: sorted by image_id, small enough that a lookup reads little
 
 
@@ -74,13 +77,20 @@ def superseded(ledger: Ledger, rounds: list[int]) -> set[int]:
     return ids
 
 
-def finalize(ledger: Ledger) -> Counts:
+def finalize(ledger: Ledger) -> Counts | None:
     """Write ``final/`` and the manifest of the newest round.
+
+    None if another driver has planned a further round meanwhile: ``final/`` is then its business.
+    Should that happen only after the look (this process may be frozen between any two writes), its
+    tables are those of an older round, which `final_counts` notices.
 
     Raises:
         RunUnfinished: if a fragment is missing.
     """
-    made, counts = final_tables(ledger)
+    rounds = ledger.rounds()
+    made, counts = final_tables(ledger, rounds)
+    if ledger.rounds() != rounds:
+        return None
     entries = {}
     for name, (data, rows) in made.items():
         ledger.store.replace(f"final/{name}.parquet", data)
@@ -91,17 +101,18 @@ def finalize(ledger: Ledger) -> Counts:
             "bytes": len(data),
             "sha256": digest,
         }
-    _write_manifest(ledger, ledger.rounds()[-1], counts, entries)
+    _write_manifest(ledger, rounds[-1], counts, entries)
     return counts
 
 
-def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
-    """The final tables as Parquet bytes with their rows, from plan and commits alone.
+def final_tables(ledger: Ledger, rounds: list[int]) -> tuple[dict[str, tuple[bytes, int]], Counts]:
+    """The final tables of these rounds as Parquet bytes with their rows.
+
+    From plan and commits alone: the same rounds give the same bytes.
 
     Raises:
         RunUnfinished: if a fragment is missing.
     """
-    rounds = ledger.rounds()
     plans = [ledger.fragments(n) for n in rounds]
     planned = [f for plan in plans for f in plan["fragment"].to_pylist()]
     commits = ledger.commits()
@@ -113,7 +124,7 @@ def final_tables(ledger: Ledger) -> tuple[dict[str, tuple[bytes, int]], Counts]:
         )
     replaced = superseded(ledger, rounds)
     dropped = pa.array(sorted(replaced), pa.int64())
-    tables = _Tables(final_schemas(ledger.layout))
+    tables = _Tables(final_schemas(ledger.layout), rounds[-1])
     for commit, header in ledger.headers([commits[f] for f in planned]):
         tables.add(commit, header, dropped)
     asked = sum(pc.sum(plan["images"]).as_py() or 0 for plan in plans)
@@ -138,7 +149,7 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
 
 
 def final_counts(ledger: Ledger) -> Counts | None:
-    """The counts of the newest round, if its manifest and all tables it names are there."""
+    """The counts of the newest round, if its manifest and all its tables are there."""
     rounds, manifests = ledger.rounds(), ledger.manifests()
     if not manifests or manifests[-1] != rounds[-1]:
         return None
@@ -147,12 +158,23 @@ def final_counts(ledger: Ledger) -> Counts | None:
         about = ledger.store.stat(entry["path"])
         if about is None or about.nbytes != entry["bytes"]:
             return None
+        if round_of(ledger, entry["path"]) != rounds[-1]:
+            return None
     said = manifest.get("counts")
     if said is None:
         return None
     return Counts(
         said["planned"], said["done"], said["rejected_by_reason"], said["fragments"], said["pixels"]
     )
+
+
+def round_of(ledger: Ledger, path: str) -> int | None:
+    """The round that a table was made for, from its footer; None where it does not say."""
+    try:
+        with ledger.plan_file(path) as file, in_our_words():
+            return int(open_table(file).schema_arrow.metadata[ROUND])
+    except (TableDamaged, KeyError, TypeError, ValueError):
+        return None
 
 
 def _manifest(ledger: Ledger, number: int) -> dict[str, Any]:
@@ -189,12 +211,12 @@ def final_schemas(layout: Layout) -> dict[str, pa.Schema]:
 class _Tables:
     """The tables while they grow, already compressed: a million rows are some tens of MB."""
 
-    def __init__(self, schemas: dict[str, pa.Schema]) -> None:
+    def __init__(self, schemas: dict[str, pa.Schema], newest: int) -> None:
         self._sinks = {name: io.BytesIO() for name in schemas}
+        how = {"compression": "zstd", "write_page_index": True, "write_page_checksum": True}
+        said = {ROUND: str(newest).encode()}
         self._writers = {
-            name: pq.ParquetWriter(
-                self._sinks[name], schema, compression="zstd", write_page_index=True
-            )
+            name: pq.ParquetWriter(self._sinks[name], schema.with_metadata(said), **how)
             for name, schema in schemas.items()
         }
         self._waiting: dict[str, list[pa.Table]] = {name: [] for name in schemas}

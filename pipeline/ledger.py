@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pipeline.config import SegmentConfig, fingerprint
 from pipeline.errors import RunRefused, StorageMissing
@@ -38,7 +39,7 @@ from pipeline.plan import (
 from pipeline.ranged import Ranged
 from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store
-from pipeline.tables import TableDamaged, read_table, write_table
+from pipeline.tables import TableDamaged, in_our_words, open_table, read_table, write_table
 from pipeline.tile import Grid
 
 FORMAT_VERSION = 1
@@ -168,8 +169,20 @@ class Ledger:
 
     @cached_property
     def config(self) -> SegmentConfig:
-        """The config the run was created with (what may differ between calls is at its default)."""
-        return SegmentConfig.model_validate({**self.run["config"], "out": self.store.uri})
+        """The config the run was created with (what may differ between calls is at its default).
+
+        Raises:
+            RunRefused: if it has knobs or values that this version does not know.
+        """
+        try:
+            return SegmentConfig.model_validate({**self.run["config"], "out": self.store.uri})
+        except ValidationError as error:
+            first = error.errors()[0]
+            knob = ".".join(str(part) for part in first["loc"])
+            raise RunRefused(
+                f"{self.store.uri}/{RUN} has config {knob}: {first['msg']}; "
+                f"use the version that wrote it ({self.run['versions'].get('maskfleet')})"
+            ) from error
 
     @property
     def layout(self) -> Layout:
@@ -222,24 +235,29 @@ class Ledger:
 
     def plan(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A whole round's plan (some columns of it)."""
-        path = path_of_round(number)
-        try:
-            with self.plan_file(path) as file:
-                return read_table(file, columns)
-        except TableDamaged as error:
-            raise TableDamaged(
-                f"{self.store.uri}/{path}: {error}; a plan cannot be made again: restore the object"
-            ) from error
+        with self._plan_named(number), self.plan_file(path_of_round(number)) as file:
+            return read_table(file, columns)
 
     def planned(self, number: int, row_group: int) -> list[PlannedImage]:
         """The images of one fragment, in plan order: one request, once the footer is here."""
         path = path_of_round(number)
-        if number not in self._plans:
-            with self.plan_file(path) as file:
-                self._plans[number] = file.nbytes, pq.ParquetFile(file).metadata
-        nbytes, footer = self._plans[number]
-        file = Ranged(self.store, path, nbytes, None)
-        return read_fragment(pq.ParquetFile(file, metadata=footer), row_group)
+        with self._plan_named(number), in_our_words():
+            if number not in self._plans:
+                with self.plan_file(path) as file:
+                    self._plans[number] = file.nbytes, open_table(file).metadata
+            nbytes, footer = self._plans[number]
+            file = Ranged(self.store, path, nbytes, None)
+            return read_fragment(open_table(file, footer), row_group)
+
+    @contextlib.contextmanager
+    def _plan_named(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except TableDamaged as error:
+            raise TableDamaged(
+                f"{self.store.uri}/{path_of_round(number)}: {error}; "
+                "a plan cannot be made again: restore the object"
+            ) from error
 
     def fragments(self, number: int) -> pa.Table:
         """The fragments of a round; taken from its plan where their own table is no good."""

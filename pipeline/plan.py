@@ -381,7 +381,8 @@ def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
     notes = {"maskfleet.token": token, "maskfleet.listing": json.dumps(about, sort_keys=True)}
     schema = SCHEMA.with_metadata(notes)
     # No statistics: every reader of a fragment reads the footer, which would be twice as long.
-    with pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=False) as writer:
+    how = {"compression": "zstd", "write_statistics": False, "write_page_checksum": True}
+    with pq.ParquetWriter(sink, schema, **how) as writer:
         for rows in plan.groups():
             there = rows["fragment"][0].as_py() >= 0
             uris = [_uri(plan.source, key) if there else "" for key in rows["key"].to_pylist()]

@@ -1,4 +1,4 @@
-"""Parquet tables to and from bytes, in the calling thread.
+"""Parquet tables to and from bytes, in the calling thread; every page with its CRC-32.
 
 pyarrow's dataset reader (`pq.read_table`) pre-buffers in threads of its own, which may drop the
 last reference to a Python buffer while the interpreter shuts down: the process then aborts after
@@ -28,8 +28,8 @@ def read_table(source: bytes | io.IOBase, columns: list[str] | None = None) -> p
         TableDamaged: if it cannot be read.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with _in_our_words():
-        return pq.ParquetFile(file, pre_buffer=False).read(columns=columns, use_threads=False)
+    with in_our_words():
+        return open_table(file).read(columns=columns, use_threads=False)
 
 
 def read_batches(source: io.IOBase, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -38,8 +38,8 @@ def read_batches(source: io.IOBase, columns: Sequence[str]) -> Iterator[pa.Recor
     Raises:
         TableDamaged: if it cannot be read.
     """
-    with _in_our_words():
-        table = pq.ParquetFile(source, pre_buffer=False)
+    with in_our_words():
+        table = open_table(source)
         yield from table.iter_batches(columns=list(columns), use_threads=False)
 
 
@@ -50,8 +50,8 @@ def read_rows(source: io.IOBase, numbers: Sequence[int]) -> list[dict[str, Any]]
         TableDamaged: if it cannot be read.
     """
     found = {}
-    with _in_our_words():
-        table = pq.ParquetFile(source, pre_buffer=False)
+    with in_our_words():
+        table = open_table(source)
         start = 0
         for group in range(table.num_row_groups):
             end = start + table.metadata.row_group(group).num_rows
@@ -63,8 +63,16 @@ def read_rows(source: io.IOBase, numbers: Sequence[int]) -> list[dict[str, Any]]
     return [found[number] for number in numbers]
 
 
+def open_table(source: io.IOBase, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """One of our own tables: pages that have a checksum are compared with it."""
+    return pq.ParquetFile(
+        source, metadata=footer, pre_buffer=False, page_checksum_verification=True
+    )
+
+
 @contextlib.contextmanager
-def _in_our_words() -> Iterator[None]:
+def in_our_words() -> Iterator[None]:
+    """Say pyarrow's errors as `TableDamaged`."""
     try:
         yield
     except StorageError:
@@ -76,5 +84,5 @@ def _in_our_words() -> Iterator[None]:
 def write_table(table: pa.Table) -> bytes:
     """A table as one Parquet object; equal tables give equal bytes."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()

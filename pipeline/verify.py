@@ -376,7 +376,7 @@ def _final(ledger: Ledger) -> Iterator[str]:
         yield f"manifest/: {rounds}; run segment again"
         return
     place = f"manifest/{manifests[-1]:03d}.json" if manifests else ""
-    made, counts = final_tables(ledger)
+    made, counts = final_tables(ledger, manifests)
     try:
         manifest = ledger.manifest(manifests[-1])
         wrong = [k for k, v in in_manifest(counts).items() if manifest["counts"][k] != v]
@@ -385,6 +385,8 @@ def _final(ledger: Ledger) -> Iterator[str]:
         yield f"{place} is damaged ({error!r}); delete it and run segment again"
         return
     yield from (f"{place}: {key} is not what the fragments say" for key in wrong)
+    twice = _twice(read_table(made["images"][0], ["key"]))
+    yield from (f"final/images.parquet: {key} has two live rows" for key in twice)
     for name, (fresh, _) in made.items():
         try:
             stored = ledger.store.read(f"final/{name}.parquet")
@@ -395,6 +397,12 @@ def _final(ledger: Ledger) -> Iterator[str]:
             yield f"final/{name}.parquet: its SHA-256 is not the one in {place}"
         elif not _content(stored).equals(_content(fresh)):
             yield f"final/{name}.parquet: is not what the fragments say"
+
+
+def _twice(images: pa.Table) -> list[str]:
+    """Keys that have more than one live row."""
+    counts = pc.value_counts(images["key"].combine_chunks())
+    return [count["values"].as_py() for count in counts if count["counts"].as_py() > 1]
 
 
 def _content(data: bytes) -> pa.Table:

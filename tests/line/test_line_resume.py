@@ -1,11 +1,11 @@
 """Stopped, killed, doubled, grown: the same command again, and all is as if nothing had been."""
 
+import contextlib
 import json
 import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,7 +147,7 @@ def test_a_finished_run_does_nothing_when_it_is_called_again(tmp_path, tiny_bund
 # -- every point where a driver can die ----------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def dying(out, call: int, *, after: bool):
     """Let the writes below a folder fail for good from the so-manieth on, undone or done."""
     state = SimpleNamespace(count=0, dead=False, lock=threading.Lock())
@@ -305,6 +305,40 @@ def test_two_drivers_on_one_run_waste_work_and_break_nothing(tmp_path, bundle, i
 
     assert [o.exit_code for o in outcomes] == [EXIT_DONE, EXIT_DONE]
     assert content(out) == content(tmp_path / "undisturbed")
+    assert problems(out) == []
+
+
+FROZEN = ["final/images.parquet", "final/fragments.parquet", "manifest/000.json"]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_a_driver_that_sleeps_before_a_final_write_while_another_adds_a_round_doubles_nothing(
+    tmp_path, tiny_bundle, monkeypatch, frozen
+):
+    source, out = uniform(tmp_path / "in", 6), tmp_path / "out"
+    asked = []
+
+    def asleep(write):
+        def woken(store, path, data):
+            if path == frozen and not asked:
+                asked.append(None)  # the other one writes there too
+                segment(source, out, tiny_bundle)
+                filled(source, {"new.png": png(30, 31, 78)})
+                asked.append(segment(source, out, tiny_bundle))
+            return write(store, path, data)
+
+        return woken
+
+    for name in ("create", "replace"):
+        monkeypatch.setattr(LocalStore, name, asleep(getattr(LocalStore, name)))
+    with contextlib.suppress(RunUnfinished):  # it may find the other's tables gone
+        segment(source, out, tiny_bundle)
+
+    place = Counting()
+    again = segment(source, out, tiny_bundle, place)
+    assert asked[1].counts.planned == again.counts.planned == 7
+    assert place.asked == []
+    assert keys_of(out) == sorted({f"{i:03}.png" for i in range(6)} | {"new.png"})
     assert problems(out) == []
 
 

@@ -70,11 +70,13 @@ def _from_file(path: str) -> SegmentConfig:
         raise RunRefused(
             f"--config {path} must hold `name: value` lines, it holds {type(values).__name__}"
         )
-    if "architecture" in values:
-        raise RunRefused(
-            f"--config {path}: architecture runs the code of a module, so a file cannot give it; "
-            f"say --architecture {values['architecture']} on the command line"
-        )
+    modules = {"architecture": values.get("architecture"), "format": values.get("format")}
+    for name, module in modules.items():
+        if module and (name == "architecture" or "." in str(module)):
+            raise RunRefused(
+                f"--config {path}: {name} runs the code of a module, so a file cannot give it; "
+                f"say --{name} {module} on the command line"
+            )
     flags = {name: tyro.MISSING for name in ("source", "out") if name not in values}
     # What the file leaves to the command line is filled in for the check and asked for after it.
     return from_mapping({**dict.fromkeys(flags, "?"), **values}).model_copy(update=flags)

@@ -8,6 +8,7 @@ and plans one more round if it has changed. Where the fragments run is somebody 
 # pyarrow.compute makes its functions when it is imported; no type checker can see them.
 # pyright: reportAttributeAccessIssue=false
 
+import contextlib
 import json
 import os
 import threading
@@ -85,7 +86,31 @@ def segment_archive(config: SegmentConfig, place: Place, stop: threading.Event) 
     if ledger is None:
         ledger = create_run(config, source, out, bundle, card, place, listing)
     ledger.refuse_other(config, card.sha256)
-    ledger.ensure_bundle(bundle)
+    with _resumable():
+        ledger.ensure_bundle(bundle)
+        return _run_to_end(ledger, config, source, place, stop, listing, fresh=fresh)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Once there is a run, a store that fails (down, full, access lost) costs time only."""
+    try:
+        yield
+    except StorageError as error:
+        raise RunUnfinished(f"{error}; when that is mended, run the same command again") from error
+
+
+def _run_to_end(
+    ledger: Ledger,
+    config: SegmentConfig,
+    source: Store,
+    place: Place,
+    stop: threading.Event,
+    listing: Listing,
+    *,
+    fresh: bool,
+) -> Outcome:
+    """All that an existing run still needs."""
     if ledger.rounds():
         ledger.ensure_derived()
     else:  # its driver was killed between claim and plan
@@ -187,13 +212,8 @@ def _run_missing(
             fragments=len(tasks),
         )
         receipts = place.run(tasks, ledger.store.uri, stop)
-        try:
-            for _ in watched(receipts, tally, config.log, config.interval_s):
-                pass
-        except StorageError as error:  # access lost or a store down, in mid-run: nothing is lost
-            raise RunUnfinished(
-                f"{error}; when that is mended, run the same command again"
-            ) from error
+        for _ in watched(receipts, tally, config.log, config.interval_s):
+            pass
         say(config.log, "progress", **facts(tally))
     if stop.is_set():
         raise RunUnfinished("stopped; what is committed stays, run the same command again to go on")

@@ -366,7 +366,9 @@ class Ledger:
         try:
             yield
         except FragmentDamaged as error:
-            raise FragmentDamaged(f"{self.store.uri}/{commit.path}: {error}") from error
+            raise FragmentDamaged(
+                f"{self.store.uri}/{commit.path}: {error}; delete it and run segment again"
+            ) from error
 
     # ------------------------------------------------------------------------------- what is final
 

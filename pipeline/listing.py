@@ -48,7 +48,7 @@ def discover(
         RunRefused: if the source is not there or the format unknown.
     """
     if config.format != "auto":
-        formats.load(config.format)
+        formats.load(config.format, config.format)
     picky = bool(config.include or config.exclude)
     with ThreadPoolExecutor(INDEXED_AT_ONCE, thread_name_prefix="index") as pool:
         for found, name, entries in _in_order(pool, store, config.format):

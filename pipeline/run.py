@@ -55,7 +55,9 @@ def load(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:
 def _fetched(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:
     threads, limit = line.config.compute.fetch_threads, line.config.decode.max_bytes
     for name, group in groupby(images, key=lambda image: image.format):
-        yield from formats.load(name).fetch(line.source, list(group), threads, limit)
+        yield from formats.load(name, line.config.format).fetch(
+            line.source, list(group), threads, limit
+        )
 
 
 def segment(

@@ -6,9 +6,11 @@ A format module offers
 * ``index(store, found) -> Iterator[Entry]``: the images inside one object, in a fixed order;
 * ``fetch(store, images, threads, limit) -> Iterator[EncodedImage]``: their encoded bytes, in order.
 
-A dotted name (``acme.dicom``) loads a format from outside, from the command line only.
+A dotted name (``acme.dicom``) loads a format from outside, from the command line only: a run
+folder that names one does not get its code run by whoever looks into it.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
@@ -55,12 +57,22 @@ def names() -> list[str]:
     return [m.name for m in iter_modules(__path__) if not m.ispkg]
 
 
-def load(name: str) -> Format:
+def load(name: str, asked: str = "auto") -> Format:
     """The format of that name.
+
+    Args:
+        name: a file of this folder; or a module elsewhere, if it is what was asked for, or has been
+            imported by whoever calls.
+        asked: `--format` of the call.
 
     Raises:
         RunRefused: if there is none, listing those there are.
     """
+    if "." in name and name != asked and name not in sys.modules:
+        raise RunRefused(
+            f"the archive was planned with format {name}, and code is not loaded because a run "
+            f"folder names it; if you trust that module, import {name} first"
+        )
     if "." not in name and name not in names():
         raise RunRefused(
             f"--format {name}: there is no such format; there are: auto, {', '.join(names())}"

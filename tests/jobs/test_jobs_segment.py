@@ -321,6 +321,7 @@ def test_a_file_may_hold_source_and_out_too(tmp_path, tiny_bundle, capsys):
     ("text", "said"),
     [
         ("tile: {sizes: 5}", "unknown config key 'tile.sizes'; did you mean 'tile.size'?"),
+        ("format: acme.dicom", "a file cannot give it; say --format acme.dicom on the command"),
         ("modle: x", "unknown config key 'modle'; did you mean 'model'?"),
         ("tile: {size: big}", "tile.size"),
         ("- a\n- b", "must hold `name: value` lines, it holds list"),

@@ -13,7 +13,13 @@ import pytest
 
 from pipeline import open_run, run
 from pipeline.clock import Clock
-from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, RunRefused, RunUnfinished
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_REJECTIONS,
+    RunRefused,
+    RunUnfinished,
+    StorageDenied,
+)
 from pipeline.ledger import Ledger
 from pipeline.status import status
 from pipeline.storage import PREFLIGHT, LocalStore, open_store
@@ -286,6 +292,26 @@ def test_a_fragment_that_was_begun_before_is_answered_in_a_child_the_same_way(tm
 
     assert content(out) == content(tmp_path / "undisturbed")
     assert problems(out) == []
+
+
+@pytest.mark.parametrize("lost", ["final/images.parquet", "receipt.json", "overview.png"])
+def test_access_lost_after_the_last_fragment_is_no_refusal(tmp_path, bundle, monkeypatch, lost):
+    source, out = uniform(tmp_path / "in", 6), tmp_path / "out"
+
+    def denied(store, path, data):
+        if path == lost:
+            raise StorageDenied(f"{store.uri}/{path}: access denied")
+        write(store, path, data)
+
+    write = LocalStore.replace
+    monkeypatch.setattr(LocalStore, "replace", denied)
+    with pytest.raises(RunUnfinished, match="access denied; when that is mended"):
+        segment(source, out, bundle)
+
+    monkeypatch.setattr(LocalStore, "replace", write)
+    place = Counting()
+    assert segment(source, out, bundle, place).exit_code == EXIT_DONE
+    assert place.asked == []
 
 
 # -- two drivers ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import tarfile
 import time
 
@@ -50,6 +51,23 @@ def test_an_unknown_format_is_refused_with_the_list():
         formats.load("zip")
     with pytest.raises(RunRefused, match=r"acme\.dicom"):
         formats.load("acme.dicom")
+
+
+def test_a_module_outside_is_a_format_for_those_who_name_it_or_have_it(tmp_path, monkeypatch):
+    (tmp_path / "acme_formats").mkdir()
+    (tmp_path / "acme_formats/__init__.py").touch()
+    (tmp_path / "acme_formats/dicom.py").write_text("SUFFIXES = ('.dcm',)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "acme_formats.dicom"
+
+    with pytest.raises(RunRefused, match=f"import {name} first"):  # a plan says so, nobody else
+        formats.load(name)
+    assert "acme_formats" not in sys.modules
+
+    assert formats.load(name, name).SUFFIXES == (".dcm",)
+    assert formats.load(name).SUFFIXES == (".dcm",)  # it is here now
+    for module in ("acme_formats", name):
+        monkeypatch.delitem(sys.modules, module)
 
 
 # -- tar -----------------------------------------------------------------------------------------

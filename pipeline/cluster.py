@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -62,6 +63,8 @@ SEGMENT_CPUS = (
 IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there when one is done
 GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predicting
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
+TRIES = 4  # workers that one item of `OnRay.each` may cost: it may be what kills them
+GUARD = "~/.ray/auth_token"  # where Ray looks for it, and would write it as the umask says
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Where the store is; never who we are: workers find credentials in their own chain."""
 WORKERS = {"MALLOC_ARENA_MAX": "1"}
@@ -101,6 +104,8 @@ class OnRay:
             "runtime_env": shipped,
         }
         try:
+            if self._local:
+                _guard()
             with _hushed():
                 if self._local:
                     memory = self._compute.object_store_mb * 1024**2
@@ -120,9 +125,14 @@ class OnRay:
                     here = Path(__file__).parent.parent
                     shipped["py_modules"] = [str(here / "pipeline"), str(here / "models")]
                     ray.init(address=where, **common)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
         self._connected = True
+        if self._compute.device == "cuda" and not (_gpus_there() or _autoscaling()):
+            raise RunRefused(
+                f"--on {where} --compute.device cuda: no node there has a GPU; "
+                "add one, or drop --compute.device"
+            )
 
     def close(self) -> None:
         """Leave the cluster; one that we started ends."""
@@ -138,7 +148,8 @@ class OnRay:
         """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
         self.connect()
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self.gpus)
-        return Found(**_waited(probe.remote(bundle, config.model_dump_json())))
+        asked = probe.remote(bundle, config.model_dump_json())
+        return Found(**_waited(asked, self._compute.no_progress_s))
 
     @property
     def capacity(self) -> Capacity:
@@ -152,14 +163,14 @@ class OnRay:
         """GPUs that a worker has: one where there are any and they are wanted."""
         if self._compute.device == "cpu":
             return 0
-        return 1 if self._compute.device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0
+        return 1 if self._compute.device == "cuda" or _gpus_there() else 0
 
     def run(self, tasks: Iterable[Task], run_uri: str, stop: threading.Event) -> Iterator[Receipt]:
         """See `pipeline.place.Place.run`."""
         self.connect()
         todo = list(tasks)
         about = (run_uri, self._compute.model_dump_json(), forwarded())
-        _same_folder_everywhere(run_uri)
+        _same_folder_everywhere(run_uri, self._compute.no_progress_s)
         _tune(self._compute)
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
         legs = rd.from_arrow(rows)
@@ -181,7 +192,8 @@ class OnRay:
     def each(self, make: Callable[[], Callable[[In], Out]], items: Sequence[In]) -> Iterator[Out]:
         """What is made of each item, in any order, by workers that are made there.
 
-        An item whose worker is lost is done again: by another, or by the same one made anew.
+        An item whose worker is lost is done again, some times: by another, or by the same one made
+        anew.
         """
         self.connect()
         gpus, alive = self.gpus, self.alive()
@@ -191,7 +203,7 @@ class OnRay:
             num_gpus=gpus,
             max_concurrency=GPU_THREADS if gpus else 1,
             max_restarts=-1,
-            max_task_retries=-1,
+            max_task_retries=TRIES - 1,
         )
         made = ray.put(make)
         actors = [worker.remote(made, forwarded()) for _ in range(min(count, len(items)))]
@@ -247,6 +259,37 @@ def _share(nodes: list[dict[str, float]], actors: int) -> float:
     return round(max(0.05, min(SEGMENT_CPUS, (sum(cpus[:-1]) - 1) / actors)), 3)
 
 
+def _guard() -> None:
+    """See that a cluster of ours asks for a token, and that no other user can read it.
+
+    Raises:
+        RunRefused: if the environment wants no token.
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        raise RunRefused(
+            "--on local: with RAY_AUTH_MODE=disabled everyone on this machine could run code as "
+            "you; unset it"
+        )
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    token = Path(GUARD).expanduser()
+    token.parent.mkdir(mode=0o700, exist_ok=True)
+    if token.exists():
+        token.chmod(0o600)
+        return
+    whole = token.with_name(f".{secrets.token_hex(8)}")
+    handle = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another start was first
+        os.link(whole, token)
+    whole.unlink()
+
+
+def _gpus_there() -> float:
+    return ray.cluster_resources().get("GPU", 0)
+
+
 def _autoscaling() -> bool:
     """Whether nodes may come: the launcher's head node knows its autoscaling config."""
     return Path("~/ray_bootstrap_config.yaml").expanduser().exists()
@@ -280,9 +323,9 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _waited(reference: Any) -> Any:  # noqa: ANN401 - whatever the task returned
+def _waited(reference: Any, patience_s: float) -> Any:  # noqa: ANN401 - whatever the task returned
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=patience_s)
     except ray.exceptions.RayError as error:
         raise _translated(error) from error
 
@@ -322,9 +365,9 @@ def _translated(error: BaseException) -> Exception:
         seen = cause if isinstance(cause, BaseException) and cause is not seen else seen.__cause__
     if isinstance(error, ray.exceptions.RayTaskError) or "UserCode" in type(error).__name__:
         return RuntimeError(f"a leg failed: {error}")
+    first = str(error).partition("\n")[0]
     return RunUnfinished(
-        f"the cluster gave up ({type(error).__name__}: {str(error).splitlines()[0]}); "
-        "run the same command again"
+        f"the cluster gave up ({type(error).__name__}: {first}); run the same command again"
     )
 
 
@@ -440,7 +483,7 @@ def _sees(run_uri: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def _same_folder_everywhere(run_uri: str) -> None:
+def _same_folder_everywhere(run_uri: str, patience_s: float) -> None:
     """A local path must be the same folder on every node, or masks would lie in several places.
 
     Raises:
@@ -454,7 +497,8 @@ def _same_folder_everywhere(run_uri: str) -> None:
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         there = _waited(
-            ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri)
+            ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri),
+            patience_s,
         )
         if there != here:
             raise RunRefused(

@@ -107,6 +107,14 @@ def test_a_run_without_progress_stops_and_can_go_on(
     runs.assert_same(run, oracle)
 
 
+def test_a_gpu_that_no_node_has_is_refused_at_once(archive, tiny_bundle, tmp_path):
+    words = runs.words(archive, tmp_path / "run", tiny_bundle, "--compute.device", "cuda")
+    with runs.command([*words, "--on", "local"]) as driver:
+        assert driver.ended() == 2, driver.err
+    assert "no node there has a GPU" in driver.err
+    assert not (tmp_path / "run").exists()
+
+
 def is_loopback(address: str) -> bool:
     ip = ip_address(address)
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback

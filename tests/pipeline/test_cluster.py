@@ -1,0 +1,52 @@
+"""Ray at the edge, as far as it can be tried without a cluster; tests/cluster/ has the rest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster import OnRay, _guard
+from pipeline.config import Compute
+from pipeline.errors import RunRefused
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    before = os.umask(0)  # as careless as can be
+    yield tmp_path
+    os.umask(before)
+
+
+def test_the_token_of_our_own_cluster_is_for_its_owner_alone(home):
+    _guard()
+
+    token = home / ".ray/auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert len(token.read_text()) == 64
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+    written = token.read_text()
+    token.chmod(0o644)  # as Ray leaves it
+    _guard()
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.read_text() == written
+
+
+def test_a_cluster_of_ours_without_a_token_is_refused(home, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    with pytest.raises(RunRefused, match="everyone on this machine could run code as you"):
+        OnRay("local", Compute()).connect()
+    assert not (home / ".ray").exists()
+
+
+def test_a_home_that_cannot_be_written_is_refused(home):
+    (home / ".ray").touch()
+
+    with pytest.raises(RunRefused, match="--on local: .*File exists"):
+        OnRay("local", Compute()).connect()

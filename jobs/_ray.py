@@ -23,7 +23,10 @@ ANSWER_S = 30.0  # Ray's client itself waits for ever
 SEND_S = 600.0  # for the package, which may be large and the line slow
 STOP_S = "30"  # between asking a job to end and killing it; Ray's 3 s would cut fragments short
 LARGEST = 5 * 1024**2  # bytes of one file that is sent: code and small models, never data
-SECRETS = ("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "*credentials*", "*.env")
+SECRETS = (
+    "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx", "*.tfvars", "id_rsa*", "id_ed25519*",
+    "*credentials*", "*service?account*.json", "*token", "*.env",
+)  # fmt: skip
 NEVER = ("__pycache__", "*.egg-info", "node_modules", "venv", "build", "dist")
 RUNS = ("run.json", "zarr.json", "pyvenv.cfg")  # what tells runs, arrays and environments
 
@@ -274,7 +277,7 @@ def unwanted(folder: Path) -> list[str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return name.startswith(".") or any(fnmatch.fnmatch(name, p) for p in patterns)
+    return name.startswith(".") or any(fnmatch.fnmatch(name.lower(), p) for p in patterns)
 
 
 def _holds(folder: Path, names: tuple[str, ...]) -> bool:

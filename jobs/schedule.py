@@ -26,6 +26,7 @@ from jobs._ray import RayJobs, working_folder
 from pipeline import manifests
 from pipeline.children import Children
 from pipeline.errors import EXIT_DONE, RunRefused
+from pipeline.passwords import refuse_passwords
 from pipeline.progress import duration
 from pipeline.rounds import EVERY_S, Rounds
 from pipeline.schedule import Spec, check_name, failed, following, tick_name
@@ -73,6 +74,7 @@ def add(
         raise RunRefused(nearest(job[0]))
     if job[0] in UNSEEN:
         raise RunRefused(f"{job[0]} makes no sense on a schedule")
+    refuse_passwords(job, job[0])
     timetable = Timetable(open_store(schedules))
     before = timetable.version(check_name(name))
     check_create_only(timetable.store)

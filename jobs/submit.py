@@ -16,6 +16,7 @@ import tyro
 from jobs import ended, log, names, nearest
 from jobs._ray import RayJobs, working_folder
 from pipeline.errors import EXIT_DONE, RunRefused
+from pipeline.passwords import refuse_passwords
 from pipeline.submission import (
     PATIENCE_S,
     Unreachable,
@@ -77,6 +78,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Options, str, tuple[str, ...]]:
 
 def _submit(options: Options, command: str, arguments: tuple[str, ...]) -> int:
     environment = _environment(options.env)
+    refuse_passwords(arguments, command)
     folder = working_folder(options.working_dir)
     server = RayJobs(options.address, folder)
     if folder is None:
@@ -113,6 +115,7 @@ def _environment(wanted: tuple[str, ...]) -> dict[str, str]:
             )
         if name not in os.environ:
             raise RunRefused(f"--env {name} is not set here")
+        refuse_passwords([os.environ[name]], f"--env {name}")
     return {name: os.environ[name] for name in wanted}
 
 

@@ -6,13 +6,13 @@ never worth a training: what cannot be reached is refused at its start and only 
 
 import importlib
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import RunRefused
 from pipeline.history import Row
+from pipeline.passwords import without_password
 
 log = logging.getLogger("maskfleet")
 
@@ -96,7 +96,7 @@ def _experiment(client: Any, name: str) -> str:  # noqa: ANN401 - MLflow's
 
 def _short(said: str) -> str:
     """The first line, without passwords of URLs."""
-    return re.sub(r"//[^/@\s]*@", "//***@", said.partition("\n")[0])
+    return without_password(said.partition("\n")[0])
 
 
 def needed(module: str, package: str, flag: str) -> Any:  # noqa: ANN401 - a module

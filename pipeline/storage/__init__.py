@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import RunRefused, StorageDenied, StorageMissing
 from pipeline.keys import printable
+from pipeline.passwords import without_password
 from pipeline.storage.contract import Found, ObjectChanged, ObjectUnreadable, Store
 from pipeline.storage.local import LocalStore
 from pipeline.storage.s3 import S3Store
@@ -62,8 +63,8 @@ def open_store(uri: str) -> Store:
 
 
 def _without_secrets(uri: str) -> str:
-    # Up to the last @: keys hold slashes, passwords anything. After ? or # may be a signature.
-    return re.split("[?#]", re.sub(r"//.*@", "//***@", uri, flags=re.DOTALL), maxsplit=1)[0]
+    # After ? or # may be a signature.
+    return re.split("[?#]", without_password(uri), maxsplit=1)[0]
 
 
 def absolute(uri: str) -> str:

@@ -155,6 +155,7 @@ def test_what_stands_before_the_command_is_ours_and_all_after_it_the_commands():
         (["--address", "ray://h:10001", "status"], "not the address of a dashboard"),
         (["--address", "h:8265", "status"], "not the address of a dashboard"),
         (["--address", "http://h:8265", "--env", "AWS_SECRET_ACCESS_KEY", "status"], "a secret"),
+        (["--address", "http://h:8265", "train", "--mlflow", "http://a:b@h"], "holds a password"),
         (["--address", "http://h:8265", "--env", "NO_SUCH_VARIABLE", "status"], "is not set here"),
         (["--address", "http://h:8265", "--working-dir", "/no/such", "status"], "not a folder"),
     ],
@@ -191,7 +192,8 @@ def test_keys_environments_runs_and_data_stay_at_home(tmp_path):
         ".git/config", ".env", "cluster.pem", "deep/server.key", "deep/.aws/config",
         "my-env/pyvenv.cfg", "my-env/lib/x.py", "run/run.json", "run/masks.zarr/zarr.json",
         "masks.zarr/zarr.json", "maskfleet.egg-info/PKG-INFO", "jobs/__pycache__/a.pyc",
-        "gcp-credentials.json", "id_rsa", "ignored/secrets.yaml", "od[d] name*/run.json",
+        "gcp-credentials.json", "id_rsa", "Service-Account.json", "PROD.PEM",
+        "ignored/secrets.yaml", "od[d] name*/run.json",
     ]  # fmt: skip
     for path in kept + home:
         write(checkout, path)

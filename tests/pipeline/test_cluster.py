@@ -48,5 +48,5 @@ def test_a_cluster_of_ours_without_a_token_is_refused(home, monkeypatch):
 def test_a_home_that_cannot_be_written_is_refused(home):
     (home / ".ray").touch()
 
-    with pytest.raises(RunRefused, match="--on local: .*File exists"):
+    with pytest.raises(RunRefused, match=r"--on local: .*File exists"):
         OnRay("local", Compute()).connect()

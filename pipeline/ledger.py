@@ -9,6 +9,7 @@ is a listing of the commits, subtracted from the plan.
 # pyright: reportAttributeAccessIssue=false
 
 import contextlib
+import hashlib
 import json
 import platform
 import uuid
@@ -105,6 +106,11 @@ class Ledger:
             raise RunRefused(
                 f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
             ) from error
+        if run.get("sha256", _digest(run)) != _digest(run):
+            raise RunRefused(
+                f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
+                "restore it or start in another folder"
+            )
         if found != FORMAT_VERSION:
             raise RunRefused(
                 f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; "
@@ -133,6 +139,7 @@ class Ledger:
             "frozen": frozen,
             "versions": versions(),
         }
+        run["sha256"] = _digest(run)
         ledger = cls(store, run)
         if not store.create(RUN, json.dumps(run, indent=1).encode() + b"\n"):
             return cls.open(store)
@@ -380,6 +387,12 @@ class Ledger:
     def manifest(self, number: int) -> Json:
         """One manifest."""
         return json.loads(self.store.read(f"manifest/{number:03d}.json"))
+
+
+def _digest(run: Json) -> str:
+    """SHA-256 of what run.json says besides it: a flipped digit there would move every mask."""
+    said = {name: value for name, value in run.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(there: Json, here: Json, prefix: str = "") -> Iterator[tuple[str, object, object]]:

@@ -1,10 +1,13 @@
 """One mixed archive and its run, made once; damage a copy of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from pipeline import run
+from pipeline.clock import Clock
 from tests import archives
 
 
@@ -21,3 +24,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Sim
 def small_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw overview.png with cells of 32 pixels: at full size it costs half of a small run."""
     monkeypatch.setattr("pipeline.overview.SIDE", 32)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Answer a fragment that was begun before in this process too: the child costs 3 s a time, and
+    fault/ tests it."""
+
+    def segment_here(encoded, line, slots):
+        return run.answer(encoded, line, SEGMENTERS[line.ledger.store.uri], Clock(), slots)
+
+    def remembered(task, encoded, line, segmenter, clock):
+        SEGMENTERS[line.ledger.store.uri] = segmenter
+        return attempt(task, encoded, line, segmenter, clock)
+
+    attempt = run.attempt
+    monkeypatch.setattr(run, "segment_carefully", segment_here)
+    monkeypatch.setattr(run, "attempt", remembered)
+    yield
+    SEGMENTERS.clear()
+
+
+SEGMENTERS: dict = {}

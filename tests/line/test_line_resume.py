@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline import open_run, run
-from pipeline.clock import Clock
+from pipeline import open_run
 from pipeline.errors import (
     EXIT_DONE,
     EXIT_REJECTIONS,
@@ -60,28 +59,6 @@ class Mortal(Counting):
             self.left -= 1
             if not self.left:
                 raise Killed
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Answer a fragment that was begun before in this process too: the child costs 3 s a time, and
-    fault/ tests it."""
-
-    def segment_here(encoded, line, slots):
-        return run.answer(encoded, line, SEGMENTERS[line.ledger.store.uri], Clock(), slots)
-
-    def remembered(task, encoded, line, segmenter, clock):
-        SEGMENTERS[line.ledger.store.uri] = segmenter
-        return attempt(task, encoded, line, segmenter, clock)
-
-    attempt = run.attempt
-    monkeypatch.setattr(run, "segment_carefully", segment_here)
-    monkeypatch.setattr(run, "attempt", remembered)
-    yield
-    SEGMENTERS.clear()
-
-
-SEGMENTERS: dict = {}
 
 
 @pytest.fixture(scope="module", params=["tiny_bundle", "tiny_classifier"], ids=["masks", "classes"])

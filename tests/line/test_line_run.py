@@ -208,7 +208,7 @@ def test_the_json_of_a_run_has_frozen_keys(finished):
 
     assert keys("run.json") == {
         "format_version", "run_id", "token", "created", "config", "fingerprint", "bundle", "frozen",
-        "versions",
+        "versions", "sha256",
     }  # fmt: skip
     assert keys("manifest/000.json") == {
         "format_version",

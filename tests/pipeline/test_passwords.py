@@ -20,9 +20,11 @@ def test_no_part_of_it_is_shown(word, shown):
     assert without_password(f"cannot reach {word}: no") == f"cannot reach {shown}: no"
 
 
-@pytest.mark.parametrize("word", ["--mlflow=https://me:pw@host/x", "http://:pw@host", "ftp://a:p@h"])
+@pytest.mark.parametrize(
+    "word", ["--mlflow=https://me:pw@host/x", "http://:pw@host", "ftp://a:p@h"]
+)
 def test_it_is_refused_among_what_others_may_read(word):
-    with pytest.raises(RunRefused, match="train: .*holds a password") as refused:
+    with pytest.raises(RunRefused, match=r"train: .*holds a password") as refused:
         refuse_passwords(["data", word], "train")
     assert "pw" not in str(refused.value)
 

@@ -4,12 +4,12 @@ Neighbours in a shard share a request: S3 answers so many requests a second and 
 their size (5,500 below a prefix, STORE §6), and each costs a round trip and its price.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.errors import StorageError, StorageMissing
-from pipeline.keys import path_of
+from pipeline.errors import StorageBusy, StorageError, StorageMissing
+from pipeline.keys import path_of, printable
 from pipeline.records import EncodedImage, PlannedImage, Verdict
 from pipeline.storage import ObjectChanged, ObjectUnreadable, Store
 
@@ -26,9 +26,12 @@ Out = TypeVar("Out")
 
 SPAN = 4 * 1024**2  # of one request: some tens of milliseconds of a network, 16 of them in flight
 GAP = 64 * 1024  # read and thrown away between neighbours: sidecars, headers of the shard
+TRIES = 3  # at a loose object of which not all bytes arrive
 
 LOST = (StorageMissing, ObjectChanged, ObjectUnreadable)
 """What can befall one object while all others are well."""
+LOST_WORDS = ("vanished", "unreadable")
+"""Reasons that all objects have together once their store is gone."""
 
 
 def lost(error: StorageError) -> Verdict:
@@ -40,16 +43,48 @@ def lost(error: StorageError) -> Verdict:
     )
 
 
+def believed(store: Store, answers: Iterable[EncodedImage]) -> Iterator[EncodedImage]:
+    """The answers, and then an error if one says that a picture is lost and the store is gone too.
+
+    A disk that is unmounted, or a bucket that is deleted, looks like one lost picture after the
+    other, and they would be rejected for good. One question settles it, once all is answered: what
+    went meanwhile has gone by then.
+
+    Raises:
+        StorageError: the store is gone, and what it said of its pictures is not to be believed.
+    """
+    doubtful = False
+    for answer in answers:
+        doubtful |= answer.verdict is not None and answer.verdict.reason in LOST_WORDS
+        yield answer
+    if doubtful:
+        store.ensure_there()
+
+
 def read_span(store: Store, limit: int, image: PlannedImage) -> EncodedImage:
     """An image's bytes, a whole object or its part of a shard, or why there are none."""
     if image.nbytes > limit:
         return EncodedImage(image, None, too_many_bytes(image, limit))
-    length = None if image.offset is None else image.nbytes
     try:
-        data = store.read(path_of(image.key), image.offset or 0, length, etag=image.etag)
+        if image.offset is None:
+            return EncodedImage(image, _whole(store, image))
+        data = store.read(path_of(image.key), image.offset, image.nbytes, etag=image.etag)
     except LOST as error:
         return EncodedImage(image, None, lost(error))
-    return EncodedImage(image, data) if length is None else _part(image, data)
+    return _part(image, data)
+
+
+def _whole(store: Store, image: PlannedImage) -> bytes:
+    """A loose object. The version that was planned has a known length: less is lost on the way."""
+    path, data = path_of(image.key), b""
+    for _ in range(TRIES):
+        data = store.read(path, etag=image.etag)
+        if len(data) == image.nbytes:
+            return data
+    raise StorageBusy(
+        f"{printable(path)}: {len(data)} of {image.nbytes} bytes arrived, {TRIES} times; "
+        "is there a proxy on the way that cuts answers?"
+    )
 
 
 def together(images: Sequence[PlannedImage], limit: int) -> Iterator[list[PlannedImage]]:

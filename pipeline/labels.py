@@ -25,6 +25,7 @@ from pipeline import formats
 from pipeline.config import Fragments
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import ImageRejected, Reason, RunRefused
+from pipeline.fetching import believed
 from pipeline.formats import parquet
 from pipeline.headers import probe, sniff
 from pipeline.keys import path_of, printable
@@ -105,7 +106,13 @@ class Loader:
     def _fetched(
         self, uri: str, wanted: list[PlannedImage], threads: int, *, masks: bool
     ) -> Iterator[EncodedImage]:
-        store, limit = open_store(uri), self.limits.max_bytes
+        store = open_store(uri)
+        yield from believed(store, self._answers(store, wanted, threads, masks=masks))
+
+    def _answers(
+        self, store: Store, wanted: list[PlannedImage], threads: int, *, masks: bool
+    ) -> Iterator[EncodedImage]:
+        limit = self.limits.max_bytes
         for name, group in groupby(wanted, key=lambda image: image.format):
             if name == "parquet":
                 yield from _rows(store, list(group), limit, masks=masks)

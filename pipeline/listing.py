@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pipeline import formats
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
+from pipeline.fetching import LOST, LOST_WORDS
 from pipeline.headers import sniff
 from pipeline.keys import escape, path_of
 from pipeline.kinds import is_mask, kind_of_name
@@ -111,7 +112,10 @@ def _indexed(store: Store, found: Found, name: str | None) -> Indexed:
     name = name or _format_of_content(store, found)
     if name == "skip":
         return found, name, ()
-    return found, name, list(formats.load(name).index(store, found))
+    entries = list(formats.load(name).index(store, found))
+    if any((entry.problem or "").startswith(LOST_WORDS) for entry in entries):
+        store.ensure_there()  # is it this shard that is lost, or the whole source?
+    return found, name, entries
 
 
 def _format_of_name(found: Found, wanted: str) -> str | None:
@@ -129,7 +133,11 @@ def _format_of_name(found: Found, wanted: str) -> str | None:
 def _format_of_content(store: Store, found: Found) -> str:
     """A shard by name, or a suffix that says nothing: its first bytes decide."""
     kind = kind_of_name(found.path)
-    content = sniff(store.read(found.path, 0, 512)) if found.nbytes else None
+    try:
+        start = store.read(found.path, 0, 512, found.etag) if found.nbytes else b""
+    except LOST:  # its reason is told by whoever reads it: a shard's index, or the fetch of a file
+        return "files" if kind == "unknown" else kind
+    content = sniff(start) if start else None
     by_content = {"TAR": "webdataset", "PARQUET": "parquet", None: None}.get(content, "files")
     if kind == "unknown":
         return by_content or "skip"
@@ -168,5 +176,5 @@ def head(store: Store, image: PlannedImage, nbytes: int) -> bytes:
     length = min(nbytes, image.nbytes) if image.offset is not None else nbytes
     try:
         return store.read(path_of(image.key), image.offset or 0, length)
-    except StorageMissing:
+    except LOST:
         return b""

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import Fragments, SegmentConfig
+from pipeline.fetching import LOST
 from pipeline.keys import path_of
 from pipeline.known import Known
 from pipeline.listing import Item, Listing, discover, key_of
@@ -319,11 +320,14 @@ def _change(store: Store, now: dict[str, Any], then: dict[str, Any], retry: Coll
 
 
 def _digest(store: Store, now: dict[str, Any]) -> str | None:
-    """SHA-256 of the encoded bytes as they are now; None for table rows, read by column."""
+    """SHA-256 of the encoded bytes as they are now; None for table rows and where none are had."""
     if now["member"] is not None and now["offset"] is None:
         return None
     length = None if now["offset"] is None else now["nbytes"]
-    data = store.read(path_of(now["key"]), now["offset"] or 0, length)
+    try:
+        data = store.read(path_of(now["key"]), now["offset"] or 0, length)
+    except LOST:  # the fetch will say why
+        return None
     return hashlib.sha256(data).hexdigest()
 
 

@@ -25,6 +25,7 @@ from pipeline.careful import segment_carefully
 from pipeline.classify import classify
 from pipeline.clock import Clock
 from pipeline.errors import Reason, RunStuck
+from pipeline.fetching import believed
 from pipeline.large import LargeMask
 from pipeline.line import Line
 from pipeline.measure import MaskSink, MeasuredMask, RejectedImage, Result, SlotMask, measure
@@ -40,7 +41,15 @@ WATCH_S = 5.0  # how often the watchdog looks
 
 
 def load(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:
-    """Fetch encoded bytes: the leg that waits for the network. One answer per image, in order."""
+    """Fetch encoded bytes: the leg that waits for the network. One answer per image, in order.
+
+    Raises:
+        StorageError: the source is not what it was: down, gone, closed to us.
+    """
+    yield from believed(line.source, _answers(images, line))
+
+
+def _answers(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:
     hopeless = {image.image_id: image for image in images if image.problem}
     wanted = [image for image in images if not image.problem]
     fetched = iter(_fetched(wanted, line))

@@ -14,6 +14,7 @@ request passes untouched.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 import struct
@@ -36,6 +37,7 @@ ERRORS = {  # answered without asking the server
     "503": (503, "SlowDown"),
     "403": (403, "AccessDenied"),
     "stale404": (404, "NoSuchKey"),  # the object is there, this listing or replica is behind
+    "200_error": (200, "InternalError"),  # as S3 does once it has begun to answer
 }
 FAULTS = {
     **{name: f"answers {code} {word}" for name, (code, word) in ERRORS.items()},
@@ -43,6 +45,7 @@ FAULTS = {
     "drop": "closes the connection; the server never hears of it",
     "hang": "says nothing for `seconds`, then closes; the server never hears of it",
     "delay": "forwards `seconds` late",
+    "slow": "sends the body in ten pieces, spread over `seconds`",
     "duplicate": "delivers the request twice; the client hears the second answer",
     "lost_answer": "delivers the request, then resets instead of answering",
     "ignore_condition": "takes If-None-Match away, as a store does that does not know it",
@@ -204,7 +207,7 @@ class FaultProxy:
         await _read_body(reader, request, to_the_end=False)
         method, target, _ = request.first.split(" ", 2)
         rule = self._choose(method, unquote(target.split("?", 1)[0]))
-        await asyncio.sleep(rule.seconds)
+        await asyncio.sleep(rule.seconds if rule.fault != "slow" else 0)
         if rule.fault in ERRORS:
             writer.write(_error(*ERRORS[rule.fault]))
             await writer.drain()
@@ -212,9 +215,10 @@ class FaultProxy:
         if rule.fault in UNHEARD:
             _leave(writer, reset=rule.fault == "reset")
             return False
-        return await self._forward(request, rule.fault, writer)
+        return await self._forward(request, rule, writer)
 
-    async def _forward(self, request: Message, fault: str, writer: asyncio.StreamWriter) -> bool:
+    async def _forward(self, request: Message, rule: Rule, writer: asyncio.StreamWriter) -> bool:
+        fault = rule.fault
         if fault == "ignore_condition":
             request = _unconditional(request, self.endpoint, self.server.owner)
         if fault == "duplicate":
@@ -223,6 +227,9 @@ class FaultProxy:
         if fault == "lost_answer":
             _leave(writer, reset=True)
             return False
+        if fault == "slow":
+            await _dribbled(answer, rule.seconds, writer)
+            return True
         damage = DAMAGE.get(fault) if answer.body else None  # a HEAD keeps its length
         writer.write(damage(answer, self._random) if damage else answer.bytes())
         await writer.drain()
@@ -280,6 +287,15 @@ def _error(code: int, word: str) -> bytes:
     body = f'<?xml version="1.0"?><Error><Code>{word}</Code><Message>injected</Message></Error>'
     headers = [("Content-Type", "application/xml"), ("Connection", "close")]
     return Message(f"HTTP/1.1 {code} {word}", headers, body.encode()).bytes(claims=len(body))
+
+
+async def _dribbled(answer: Message, seconds: float, writer: asyncio.StreamWriter) -> None:
+    body, size = answer.body, math.ceil(len(answer.body) / 10) or 1
+    writer.write(Message(answer.first, answer.headers).bytes())
+    for start in range(0, len(body), size):
+        await asyncio.sleep(seconds / 10)
+        writer.write(body[start : start + size])
+        await writer.drain()
 
 
 def _leave(writer: asyncio.StreamWriter, *, reset: bool) -> None:

@@ -14,7 +14,7 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StorageError, StorageMissing
+from pipeline.errors import StorageBusy, StorageError
 from pipeline.fetching import LOST, lost, too_many_bytes
 from pipeline.formats import Entry
 from pipeline.keys import path_of, printable
@@ -139,10 +139,8 @@ def _of_one_table(
     store: Store, path: str, wanted: list[PlannedImage], limit: int, names: Sequence[str]
 ) -> Iterator[EncodedImage]:
     """The wanted rows of one table; ``wanted`` loses what was answered, so a caller can go on."""
-    about = store.stat(path)
-    if about is None:
-        raise StorageMissing(path)
-    table = pq.ParquetFile(Ranged(store, path, about.nbytes, wanted[0].etag))
+    nbytes = _size(store, path, wanted[0].etag)
+    table = pq.ParquetFile(Ranged(store, path, nbytes, wanted[0].etag))
     column = table.schema.column(_leaf(table, names)).path
     first = 0
     for group in range(table.num_row_groups):
@@ -154,6 +152,17 @@ def _of_one_table(
         yield EncodedImage(
             wanted.pop(0), None, Verdict("fetch", "vanished", "the table has fewer rows now")
         )
+
+
+def _size(store: Store, path: str, etag: str) -> int:
+    """Of a table that was listed."""
+    about = store.stat(path)
+    if about is None:
+        store.read(path, 0, 1, etag)  # says what is the matter, and asks again before "not there"
+        about = store.stat(path)
+    if about is None:
+        raise StorageBusy(f"{printable(path)} comes and goes; run the same command again")
+    return about.nbytes
 
 
 def _of_one_group(

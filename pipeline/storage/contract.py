@@ -28,7 +28,7 @@ class ObjectChanged(StorageError):
 
 
 class ObjectUnreadable(StorageError):
-    """This one object cannot be read, though others can: no permission on the file, archived."""
+    """This one object cannot be read, though others can: no permission, archived, rotten."""
 
 
 class Store(Protocol):
@@ -40,6 +40,14 @@ class Store(Protocol):
         """Every object below a folder, in byte order of the path."""
         ...
 
+    def ensure_there(self) -> None:
+        """Ask whether the place itself is there and holds anything: one cheap question.
+
+        Raises:
+            StorageError: it is not (unmounted, deleted, closed to us), so no object of it is lost.
+        """
+        ...
+
     def unfinished(self) -> Iterator[Found]:
         """Parts of objects that are being written, or whose writers were killed: in no listing."""
         ...
@@ -47,7 +55,15 @@ class Store(Protocol):
     def read(
         self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> bytes:
-        """Bytes of an object, fewer where it ends. `ObjectChanged` if the etag differs."""
+        """Bytes of an object, fewer only where it ends.
+
+        Args:
+            path: the object.
+            start: the first byte.
+            length: how many bytes, or all that follow.
+            etag: the version that a listing told of: `ObjectChanged` if it is another now, and
+                that it is not there is believed after some doubt only.
+        """
         ...
 
     def stat(self, path: str) -> Found | None:

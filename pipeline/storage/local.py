@@ -24,6 +24,8 @@ class LocalStore:
         self.uri = str(self.root)
 
     def _at(self, path: str) -> Path:
+        if path.startswith("/") or "\0" in path or ".." in path.split("/"):  # a plan may be hostile
+            raise StorageDenied(f"{printable(path)} leads out of {self.root}; who wrote that?")
         return self.root / path if path else self.root
 
     def list(self, prefix: str = "") -> Iterator[Found]:
@@ -52,12 +54,20 @@ class LocalStore:
                 path = Path(folder, name)
                 yield self._found(str(path), path.relative_to(self.root).as_posix())
 
+    def ensure_there(self) -> None:
+        """See `Store.ensure_there`. Where nothing is mounted any more is an empty folder."""
+        with _translated(self.uri), os.scandir(self.root) as entries:
+            if next(entries, None) is None:
+                raise StorageBusy(f"{self.root} is empty: is the disk still mounted?")
+
     def _found(self, full: str, path: str) -> Found:
         try:
             about, regular = os.lstat(full), True
             if not S_ISREG(about.st_mode):
                 regular = os.path.isfile(full) and self._inside(full)  # noqa: PTH113 - never raises
                 about = os.stat(full) if regular else about  # noqa: PTH116 - full may be undecodable
+        except PermissionError as error:  # of its folder: all that is in there would be missed
+            raise StorageDenied(f"{printable(full)}: {error.strerror}") from error
         except OSError:
             return Found(path, 0, "", 0.0, regular=False)
         return Found(path, about.st_size, _etag(about), about.st_mtime, regular)
@@ -71,19 +81,18 @@ class LocalStore:
     def read(
         self, path: str, start: int = 0, length: int | None = None, etag: str | None = None
     ) -> bytes:
-        """See `Store.read`."""
-        with _translated(self.uri), self._opened(path) as file:
-            if etag is not None and _etag(os.fstat(file.fileno())) != etag:
-                raise ObjectChanged(f"{printable(path)} was written again since it was planned")
+        """See `Store.read`. The version is compared before and after: it may be written meanwhile.
+
+        A file system tells time in ticks (some ms): what is written twice in one looks the same.
+        """
+        target = self._at(path)
+        with _translated(self.uri), _of_one_file(target), _opened(target) as file:
+            _refuse_changed(file, path, etag)
             if start:
                 file.seek(start)
-            return file.read() if length is None else file.read(length)
-
-    def _opened(self, path: str) -> BinaryIO:
-        try:
-            return self._at(path).open("rb")
-        except PermissionError as error:
-            raise ObjectUnreadable(f"{printable(path)}: {error.strerror}") from error
+            data = file.read() if length is None else file.read(length)
+            _refuse_changed(file, path, etag)
+            return data
 
     def stat(self, path: str) -> Found | None:
         """See `Store.stat`."""
@@ -145,6 +154,21 @@ class LocalStore:
             self._at(path).unlink(missing_ok=True)
 
 
+def _opened(target: Path) -> BinaryIO:
+    """A regular file, open. A name may lead to a FIFO by now, and nobody waits for its writer."""
+    handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(handle, "rb") if S_ISREG(os.fstat(handle).st_mode) else None
+    if file is None:
+        os.close(handle)
+        raise StorageMissing(f"{printable(str(target))} is no regular file")
+    return file
+
+
+def _refuse_changed(file: BinaryIO, path: str, etag: str | None) -> None:
+    if etag is not None and _etag(os.fstat(file.fileno())) != etag:
+        raise ObjectChanged(f"{printable(path)} was written again since it was planned")
+
+
 def _etag(about: os.stat_result) -> str:
     return f"{about.st_mtime_ns:x}-{about.st_size:x}"
 
@@ -155,6 +179,26 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _of_one_file(target: Path) -> Iterator[None]:
+    """What is wrong with this file alone. A folder we may not enter is more than that."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except PermissionError as error:
+        if not os.access(target.parent, os.X_OK):
+            raise
+        raise ObjectUnreadable(f"{printable(str(target))}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno in {errno.EIO, errno.ESTALE}:
+            said = f"{printable(str(target))}: corrupt_read: {error.strerror}"
+            raise ObjectUnreadable(said) from error
+        if error.errno in {errno.ENXIO, errno.ELOOP}:  # a socket, or a link to itself
+            raise StorageMissing(f"{printable(str(target))} is no regular file") from error
+        raise
 
 
 @contextlib.contextmanager

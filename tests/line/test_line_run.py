@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +16,14 @@ import models
 from pipeline import open_run
 from pipeline.config import from_mapping
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, REASONS, ImageRejected, RunRefused
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_REJECTIONS,
+    REASONS,
+    ImageRejected,
+    RunRefused,
+    RunUnfinished,
+)
 from pipeline.ledger import Ledger
 from pipeline.listing import Listing, discover, key_of
 from pipeline.storage import LocalStore
@@ -22,7 +31,7 @@ from tests import archives, hostile
 from tests.archives import filled, jpeg, png, problems, segment, tree, uniform
 from tests.bundles import InProcess, files_of, window_segmenter
 from tests.pictures import with_orientation
-from tests.runs import content
+from tests.runs import commits, content
 
 KEYS = [
     "loose/a.jpg", "loose/b.png", "loose/broken.jpg", "loose/deep.png", "loose/gray.png",
@@ -503,6 +512,46 @@ def test_a_picture_that_goes_or_changes_after_it_was_planned_costs_only_itself(
 
     assert outcome.counts.rejected == {"changed": 1, "vanished": 1}
     assert outcome.counts.done == 4
+
+
+@pytest.mark.parametrize("what", ["renamed", "unmounted"])
+def test_a_source_that_goes_in_mid_run_stops_it_and_rejects_nothing(tmp_path, tiny_bundle, what):
+    source, elsewhere, out = uniform(tmp_path / "in", 6), tmp_path / "elsewhere", tmp_path / "out"
+
+    class Meddler(InProcess):
+        def run(self, tasks, run_uri, stop):
+            source.rename(elsewhere)
+            if what == "unmounted":
+                source.mkdir()  # the mount point
+            yield from super().run(tasks, run_uri, stop)
+
+    with pytest.raises(RunUnfinished, match="run the same command again"):
+        segment(source, out, tiny_bundle, Meddler())
+    assert commits(out) == {}
+
+    shutil.rmtree(source, ignore_errors=True)
+    elsewhere.rename(source)
+    assert segment(source, out, tiny_bundle).counts.done == 6
+    assert problems(out) == []
+
+
+def test_a_plan_that_leads_out_of_the_source_is_not_followed(tmp_path, tiny_bundle):
+    source, out = uniform(tmp_path / "in", 2), tmp_path / "out"
+    (tmp_path / "secret").write_bytes(b"secret")
+
+    class Meddler(InProcess):
+        def run(self, tasks, run_uri, stop):
+            plan = out / "plan/000.parquet"
+            rows = pq.read_table(plan)
+            keys = pa.array(["../secret", *rows["key"].to_pylist()[1:]], rows["key"].type)
+            changed = rows.set_column(1, "key", keys)
+            assert rows.column_names[1] == "key"
+            pq.write_table(changed, plan, row_group_size=2)
+            yield from super().run(tasks, run_uri, stop)
+
+    with pytest.raises(RunUnfinished, match="leads out of"):
+        segment(source, out, tiny_bundle, Meddler())
+    assert commits(out) == {}
 
 
 # -- refusals before anything is spent -----------------------------------------------------------

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StorageMissing
-from pipeline.fetching import GAP, SPAN, read_span, read_together, together
+from pipeline.errors import StorageBusy, StorageMissing
+from pipeline.fetching import GAP, SPAN, believed, read_span, read_together, together
 from pipeline.records import PlannedImage
 
 LIMIT = 2**30
@@ -78,6 +78,42 @@ def test_a_request_has_a_size_and_does_not_read_what_nobody_wants():
 )
 def test_only_neighbours_go_together(pair):
     assert [len(group) for group in together(pair, LIMIT)] == [1, 1]
+
+
+class Going(Shard):
+    """A store that may be gone, and counts who asks."""
+
+    there, questions = True, 0
+
+    def ensure_there(self):
+        self.questions += 1
+        if not self.there:
+            raise StorageBusy("is the disk still mounted?")
+
+
+def answers(store, *shards) -> list:
+    images = [member(n, 10 * n, 10, shard) for n, shard in enumerate(shards)]
+    return list(believed(store, iter(fetched(store, images))))
+
+
+def test_a_lost_picture_is_believed_once_the_store_itself_was_asked():
+    store = Going(bytes(100))
+
+    assert [a.verdict is None for a in answers(store, "a.tar", "gone.tar", "b.tar")] == [
+        True, False, False,
+    ]  # fmt: skip
+    assert store.questions == 1
+    answers(store, "a.tar", "a.tar")
+    assert store.questions == 1
+
+
+def test_no_picture_of_a_store_that_is_gone_is_lost():
+    store = Going(bytes(100))
+    store.there = False
+
+    assert len(answers(store, "a.tar")) == 1
+    with pytest.raises(StorageBusy):
+        answers(store, "a.tar", "gone.tar")
 
 
 def test_a_shard_that_is_gone_is_gone_for_all_of_them():

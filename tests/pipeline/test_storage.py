@@ -1,15 +1,28 @@
 """A folder as a store: one winner, whole objects, nothing foreign, and clear refusals."""
 
+import errno
+import io
 import os
+import stat
 import subprocess
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunRefused, StorageBusy, StorageMissing
-from pipeline.storage import LocalStore, ObjectChanged, absolute, check_create_only, open_store
+from pipeline.errors import RunRefused, StorageBusy, StorageDenied, StorageMissing
+from pipeline.storage import (
+    LocalStore,
+    ObjectChanged,
+    ObjectUnreadable,
+    absolute,
+    check_create_only,
+    local,
+    open_store,
+)
 
 SECRET = "wJalr/XUtn/FEMI"
 
@@ -162,6 +175,90 @@ def test_what_is_not_there_is_missing(store):
     assert store.stat("x") is None
 
 
+class Written(io.FileIO):
+    """A file that somebody writes in place while it is read."""
+
+    def read(self, size=-1):
+        data = super().read(size)
+        Path(self.name).write_bytes(b"torn!")
+        return data
+
+
+def test_a_file_that_is_written_while_it_is_read_is_not_taken_for_the_old_one(store, monkeypatch):
+    store.create("x", b"old")
+    monkeypatch.setattr(local, "_opened", Written)
+
+    with pytest.raises(ObjectChanged):
+        store.read("x", etag=store.stat("x").etag)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_on_a_bad_sector_costs_only_itself(store, monkeypatch, number):
+    def opened(target):
+        raise OSError(number, os.strerror(number), str(target))
+
+    monkeypatch.setattr(local, "_opened", opened)
+    with pytest.raises(ObjectUnreadable, match="x: corrupt_read: "):
+        store.read("x")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "a/../../secret", "..", "x\0y"])
+def test_a_path_that_leads_out_of_the_folder_is_neither_read_nor_written(store, tmp_path, path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    store.create("a/x", b"1")
+
+    for asked in (store.read, store.stat, store.delete, lambda p: store.create(p, b"")):
+        with pytest.raises(StorageDenied, match="leads out of"):
+            asked(path)
+    assert store.create("a/..x/x..", b"1")
+
+
+def test_a_folder_that_is_gone_or_empty_is_not_there(store, tmp_path):
+    store.create("a/x", b"1")
+    store.ensure_there()
+
+    store.root.rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageMissing):
+        store.ensure_there()
+    store.root.mkdir()  # as a mount point whose disk is gone
+    with pytest.raises(StorageBusy, match="mounted"):
+        store.ensure_there()
+
+
+@pytest.fixture
+def nobody():
+    """A folder that all may enter, and a way to be a user whom permissions bind."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become nobody, and come back")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+
+        @contextmanager
+        def become():
+            os.setresuid(65534, 65534, 0)
+            try:
+                yield
+            finally:
+                os.setresuid(0, 0, 0)
+
+        yield LocalStore(Path(folder)), become
+
+
+def test_a_file_may_be_closed_to_us_but_a_folder_that_is_stops_everything(nobody):
+    store, become = nobody
+    store.create("a/x", b"1")
+    (store.root / "a/x").chmod(0)
+    with become(), pytest.raises(ObjectUnreadable, match="Permission denied"):
+        store.read("a/x")
+
+    for mode in (0o000, 0o444):
+        (store.root / "a").chmod(mode)
+        with become(), pytest.raises(StorageDenied, match="Permission denied"):
+            store.read("a/x")
+        with become(), pytest.raises(StorageDenied, match="Permission denied"):
+            list(store.list())
+
+
 def test_links_are_followed_inside_the_root_only(store, tmp_path):
     outside = tmp_path / "secret.jpg"
     outside.write_bytes(b"secret")
@@ -185,6 +282,23 @@ def test_a_fifo_is_listed_but_never_opened(store):
 
     assert [(f.path, f.regular) for f in store.list()] == [("a.jpg", True), ("pipe.jpg", False)]
     assert store.stat("pipe.jpg") is None
+    with pytest.raises(StorageMissing, match="no regular file"):
+        store.read("pipe.jpg")  # nobody ever writes to it
+
+
+@pytest.mark.parametrize("kind", ["folder", "socket", "loop"])
+def test_what_is_no_regular_file_any_more_is_missing(store, kind):
+    store.root.mkdir()
+    path = store.root / "x"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to("x")
+    else:
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+
+    with pytest.raises(StorageMissing):
+        store.read("x")
 
 
 def test_names_that_are_no_utf8_can_be_listed_and_read(store):

@@ -20,6 +20,12 @@ FEW = ("--fragment.images", "8", "--compute.workers", "1", "--compute.fetch-thre
 COMMIT = "*/mask/c/*"
 
 
+@pytest.fixture(autouse=True)
+def connection(monkeypatch):
+    """Let this process connect anew, through the test's proxy if it has one."""
+    monkeypatch.setattr("pipeline.storage.s3._made", {})
+
+
 @pytest.fixture
 def s3(s3_server):
     with s3_server.client() as client:
@@ -132,6 +138,33 @@ def test_a_damaged_body_is_noticed_and_fetched_again(
     runs.assert_same(run, oracle, OF_THE_PLACE)
 
 
+@pytest.mark.timeout(180)
+def test_false_answers_are_not_believed_in_planning_nor_in_fetching_nor_of_our_own(
+    fault_proxy, source, run, tiny_bundle, oracle, tmp_path
+):
+    told = [
+        fault_proxy.fault("short", "GET", "*/in/shards/*", probability=0.3, times=5),
+        fault_proxy.fault("short", "GET", "*/out/*", probability=0.2, times=5),
+        # three in a row about one object are believed, so there are no three
+        fault_proxy.fault("stale404", "GET", "*/in/*", probability=0.2, times=2),
+        fault_proxy.fault("200_error", probability=0.05, times=5),
+    ]
+    runs.finished(runs.words(source, run, tiny_bundle), tmp_path / "log")
+
+    assert min(lie.done for lie in told) > 0
+    fault_proxy.clear()
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+def test_a_slow_body_is_waited_for_as_long_as_bytes_come(fault_proxy, s3, bucket, monkeypatch):
+    s3.put_object(Bucket=bucket, Key="k", Body=b"0123456789" * 10)
+    monkeypatch.setattr("pipeline.storage.s3.READ_S", 1)
+    fault_proxy.fault("slow", "GET", seconds=3.0)
+
+    assert open_store(f"s3://{bucket}").read("k") == b"0123456789" * 10
+    assert fault_proxy.seen("GET") == 1
+
+
 # -- what a store does ---------------------------------------------------------------------------
 
 
@@ -203,6 +236,50 @@ def test_a_table_that_may_not_be_read_in_the_middle_rejects_nothing(
     fault_proxy.clear()
 
     runs.finished(words, tmp_path / "log")
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+@pytest.fixture
+def archive_of_its_own(bucket, s3) -> str:
+    """A bucket that holds the source and nothing of the run."""
+    s3.create_bucket(Bucket=f"{bucket}-source")
+    return objects.into_bucket(objects.mixed(), s3, f"{bucket}-source", "in")
+
+
+def test_a_bucket_that_goes_in_the_middle_stops_the_run_and_rejects_nothing(
+    fault_proxy, s3, archive_of_its_own, run, tiny_bundle, oracle, tmp_path
+):
+    words, own = runs.words(archive_of_its_own, run, tiny_bundle, *FEW), archive_of_its_own[5:-3]
+    held = fault_proxy.fault("delay", "PUT", COMMIT, seconds=3.0, times=2)
+    with runs.driver(words, tmp_path / "log") as driver:
+        runs.until(lambda: held.done, "the first commit")
+        for key in everything(s3, own):
+            s3.delete_object(Bucket=own, Key=key)
+        s3.delete_bucket(Bucket=own)
+        assert driver.wait() == EXIT_UNFINISHED, driver.said
+    assert "no such bucket" in driver.said
+
+    s3.create_bucket(Bucket=own)
+    objects.into_bucket(objects.mixed(), s3, own, "in")
+    runs.finished(words, tmp_path / "log")
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+def test_no_listing_that_is_cut_or_an_error_removes_an_image(
+    fault_proxy, archive_of_its_own, run, tiny_bundle, oracle, tmp_path
+):
+    words, own = runs.words(archive_of_its_own, run, tiny_bundle), archive_of_its_own[4:-3]
+    runs.finished(words, tmp_path / "log")
+
+    for fault in ("200_error", "short", "truncate"):
+        fault_proxy.fault(fault, "GET", own, times=1)
+    runs.finished(words, tmp_path / "log")
+    assert fault_proxy.seen("GET", own) == 5  # of both calls
+    fault_proxy.fault("200_error", "GET", own)
+    runs.finished(words, tmp_path / "log", EXIT_UNFINISHED)
+
+    fault_proxy.clear()
+    assert Ledger.open(open_store(run)).rounds() == [0]
     runs.assert_same(run, oracle, OF_THE_PLACE)
 
 

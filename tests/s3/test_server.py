@@ -230,6 +230,22 @@ def test_a_delayed_request_arrives(bucket, s3, through_proxy, fault_proxy):
     assert read(s3, bucket) == b"late"
 
 
+def test_a_slow_body_arrives_piece_by_piece(bucket, s3, through_proxy, fault_proxy):
+    s3.put_object(Bucket=bucket, Key="k", Body=b"0123456789")
+    fault_proxy.fault("slow", "GET", seconds=0.3)
+    start = time.monotonic()
+    assert read(through_proxy, bucket) == b"0123456789"
+    assert time.monotonic() - start >= 0.3
+
+
+def test_an_error_in_the_body_of_a_200_is_an_error(bucket, s3, through_proxy, fault_proxy):
+    s3.put_object(Bucket=bucket, Key="k", Body=b"there")
+    fault_proxy.fault("200_error", times=2)
+    assert refusal(through_proxy.list_objects_v2, Bucket=bucket) == "InternalError"
+    assert refusal(through_proxy.put_object, Bucket=bucket, Key="new", Body=b"") == "InternalError"
+    assert through_proxy.list_objects_v2(Bucket=bucket)["KeyCount"] == 1
+
+
 def test_a_rule_speaks_about_its_paths_only(bucket, through_proxy, fault_proxy):
     fault_proxy.fault("503", "PUT", "*/c/*")
     through_proxy.put_object(Bucket=bucket, Key="plan/c", Body=b"")

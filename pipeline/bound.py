@@ -23,5 +23,5 @@ def bound(command: Sequence[str]) -> list[str]:
 
     To the kernel a parent is a thread: start it from one that lives as long as it is wanted.
     """
-    alone = "-IS"  # no site, no variables: they are for the command, and cost it nothing twice
-    return [sys.executable, alone, "-c", _BIND, str(os.getpid()), *command]
+    bare = "-SP"  # no site-packages, nothing of this folder: all that is for the command
+    return [sys.executable, bare, "-c", _BIND, str(os.getpid()), *command]

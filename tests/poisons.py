@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DELAY_S = 0.2  # decoding and predicting begin long before they go wrong
 EATEN = 1 << 30
+HANGING = "MASKFLEET_TESTS_HANGING"  # names the folder where a process that hangs leaves its number
 
 
 def kill() -> None:
@@ -24,6 +25,7 @@ def kill() -> None:
 
 
 def hang() -> None:
+    Path(os.environ[HANGING], str(os.getpid())).touch()
     time.sleep(3600)
 
 
@@ -34,6 +36,11 @@ def eat() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def gulp() -> None:
+    """So much memory that is really used: what the kernel bounds, it kills."""
+    assert len(b"\1" * EATEN) == EATEN
+
+
 def fail() -> None:
     raise ZeroDivisionError("a bug")
 
@@ -42,7 +49,14 @@ def lack() -> None:
     raise MemoryError("asked for too much")
 
 
-DEEDS = {b"KILL": kill, b"HANG": hang, b"EATS": eat, b"FAIL": fail, b"LACK": lack}
+DEEDS = {
+    b"KILL": kill,
+    b"HANG": hang,
+    b"EATS": eat,
+    b"GULP": gulp,
+    b"FAIL": fail,
+    b"LACK": lack,
+}
 
 
 def poison(station: str, deed: bytes, picture: bytes) -> bytes:
@@ -104,4 +118,4 @@ def everywhere(folder: Path, what: Callable[[], None]) -> dict[str, str]:
     folder.mkdir()
     code = f"import tests.poisons\ntests.poisons.{what.__name__}()\n"
     (folder / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), HANGING: str(folder)}

@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from ipaddress import ip_address
 
+import numpy as np
 import psutil
 import pytest
 
@@ -105,6 +106,16 @@ def test_a_run_without_progress_stops_and_can_go_on(
 
     runs.finished(words, tmp_path / "log")
     runs.assert_same(run, oracle)
+
+
+def test_memory_that_runs_out_on_a_worker_is_no_bug():
+    import ray.exceptions
+
+    from pipeline.cluster import in_our_words
+
+    numpys = np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("u1"))
+    with pytest.raises(MemoryError, match="Unable to allocate"), in_our_words():
+        raise ray.exceptions.RayTaskError("segment", "its trace", numpys)
 
 
 def is_loopback(address: str) -> bool:

@@ -24,6 +24,12 @@ log = logging.getLogger("maskfleet")
 
 INTERRUPTED = "interrupted: what is committed stays; run the same command again to go on"
 
+OUT_OF_MEMORY = (
+    "not finished: memory ran out (%r); what is committed stays. Run the same command again with "
+    "fewer --compute.workers or --compute.decode-threads, or where there is more memory; a "
+    "smaller --batch.window-mb needs another --out"
+)
+
 QUIET = (
     "botocore",
     "aiobotocore",
@@ -53,15 +59,15 @@ def ended(command: Callable[[], int]) -> int:
     except RunStuck as error:
         log.error("not finished: %s", error)  # noqa: TRY400
         os._exit(EXIT_UNFINISHED)  # its threads hang: the interpreter would wait for them
-    except RunUnfinished as error:
+    except (RunUnfinished, StorageBusy) as error:
         log.error("not finished: %s", error)  # noqa: TRY400 - a sentence, not a trace
-        return EXIT_UNFINISHED
-    except StorageBusy as error:
-        log.error("not finished: %s", error)  # noqa: TRY400 - as above
         return EXIT_UNFINISHED
     except MaskfleetError as error:
         log.error("refused: %s", error)  # noqa: TRY400 - as above
         return EXIT_REFUSED
+    except MemoryError as error:
+        log.error(OUT_OF_MEMORY, error)  # noqa: TRY400 - as above
+        return EXIT_UNFINISHED
     except KeyboardInterrupt:
         log.error(INTERRUPTED)  # noqa: TRY400 - as above
         return EXIT_UNFINISHED

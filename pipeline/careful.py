@@ -3,21 +3,28 @@
 Before work on a fragment begins, its attempt is written down (`Ledger.begin_attempt`). If an
 earlier one is there and no commit, something killed it: perhaps the machine, perhaps one of the
 images. So every image is decoded and predicted alone in a child with limits on time and memory. The
-one that kills or hangs its child is rejected; a new child goes on with the next. The answers are
-the same as in company (they never depend on batch mates); only slower.
+one that kills or hangs its child, or asks for more memory, is rejected; a new child goes on with
+the next. The answers are the same as in company (they never depend on batch mates); only slower.
+
+Only a process that died is a kill. What a child raises (a store that is down while it writes a
+large mask, a bug) is not the image's fault and is raised here as it is.
 """
 
 import os
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+import traceback
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+from pipeline.bound import bound
 from pipeline.clock import Clock
 from pipeline.config import Compute
-from pipeline.errors import Reason, Station
+from pipeline.errors import MaskfleetError, Reason, RunUnfinished, Station
 from pipeline.line import Line
 from pipeline.measure import MeasuredMask, RejectedImage, Result
 from pipeline.records import EncodedImage, Verdict
@@ -32,6 +39,9 @@ def segment_carefully(encoded: Iterable[EncodedImage], line: Line, slots: int) -
         encoded: a fragment's images.
         line: the run's line.
         slots: slots of the fragment; each answer leaves fewer for those after it.
+
+    Raises:
+        RunUnfinished: if a child cannot start.
     """
     compute, child = line.config.compute, None
     try:
@@ -63,15 +73,30 @@ class _Child:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "pipeline.careful", run_uri, compute.model_dump_json()]
         self._process = subprocess.Popen(  # noqa: S603 - our own module
-            [*command, str(theirs.fileno())],
+            bound([*command, str(theirs.fileno())]),
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
+            process_group=0,  # a terminal's Ctrl-C is for the parent, which finishes the fragment
         )
         theirs.close()
-        if not self._ours.poll(READY_S) or self._received() != "ready":
+        try:
+            if self._ours.poll(READY_S):
+                self._heard()
+                return
+            why = f"was not ready after {READY_S:g} s"
+        except EOFError:
+            why = f"ended before it could begin (exit {self._process.wait()})"
+        except MemoryError:
+            why = "had too little memory to begin"
+        except BaseException:
             self.end()
-            raise RuntimeError(f"the child process did not start (exit {self._process.poll()})")
+            raise
+        self.end()
+        raise RunUnfinished(
+            f"the process that was to answer images one by one {why}; it holds the model once "
+            "more: run the same command again with fewer --compute.workers, or more memory"
+        )
 
     @property
     def alive(self) -> bool:
@@ -79,35 +104,47 @@ class _Child:
         return self._process.poll() is None
 
     def answer(self, item: EncodedImage, slots: int, timeout_s: float) -> Result:
-        """One image's answer, or its rejection if the child dies or is late."""
-        self._ours.send((item, slots))
-        station: Station = "decode"
-        while True:
-            if not self._ours.poll(timeout_s):
-                self.end()
-                verdict = Verdict(
-                    station, "timeout", f"no answer after {timeout_s:g} s, alone in a process"
-                )
-                return RejectedImage(item.plan, verdict, len(item.data or b""))
-            said = self._received()
-            if said is None:
-                code = self._process.wait()
-                reason: Reason = "killed_decode" if station == "decode" else "killed_predict"
-                verdict = Verdict(
-                    station, reason, f"ended its process twice, the second time with exit {code}"
-                )
-                return RejectedImage(item.plan, verdict, len(item.data or b""))
-            if isinstance(said, str):
-                station = "predict"
-                continue
-            return said
-
-    def _received(self) -> "Result | str | None":
-        """What the child says; None when it is gone."""
+        """One image's answer, or its rejection if the child dies, is late or wants more memory."""
         try:
-            return self._ours.recv()
-        except (EOFError, ConnectionError):
-            return None
+            self._ours.send((item, slots))
+        except ConnectionError as error:  # it had answered all it was given: no image's fault
+            raise RunUnfinished(
+                "a process that answers images one by one died between two of them; "
+                "run the same command again"
+            ) from error
+        station: Station = "decode"
+        deadline = time.monotonic() + timeout_s
+        try:
+            while self._ours.poll(max(0.0, deadline - time.monotonic())):
+                said = self._heard()
+                if not isinstance(said, str):
+                    return said
+                station = "predict"
+        except EOFError:
+            code = self._process.wait()
+            why = f"ended its process twice, the second time with exit {code}"
+            return _killed(item, station, why)
+        except MemoryError as error:
+            self.end()
+            return _killed(item, station, f"needs more memory than it may have alone: {error}")
+        self.end()
+        why = f"no answer after {timeout_s:g} s, alone in a process"
+        return _rejected(item, Verdict(station, "timeout", why))
+
+    def _heard(self) -> "Result | str":
+        """What the child says.
+
+        Raises:
+            EOFError: it is gone.
+            Exception: what it raised.
+        """
+        try:
+            said = self._ours.recv()
+        except ConnectionError as error:
+            raise EOFError from error
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def end(self) -> None:
         """Stop it at once; it holds nothing."""
@@ -116,25 +153,54 @@ class _Child:
         self._ours.close()
 
 
+def _killed(item: EncodedImage, station: Station, why: str) -> RejectedImage:
+    reason: Reason = "killed_decode" if station == "decode" else "killed_predict"
+    return _rejected(item, Verdict(station, reason, why))
+
+
+def _rejected(item: EncodedImage, verdict: Verdict) -> RejectedImage:
+    return RejectedImage(item.plan, verdict, len(item.data or b""))
+
+
+class _TellingClock(Clock):
+    """A clock that tells the parent when an image has been decoded."""
+
+    def __init__(self, channel: Connection) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def work(self, name: str, seconds: float) -> None:
+        """See `Clock.work`: a decoding thread's work is booked when it is done."""
+        super().work(name, seconds)
+        if name == "decode":
+            self._channel.send("decoded")
+
+
 def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
-    """The child: answer images until the parent closes the channel."""
+    """The child: answer images until the parent closes the channel, or one raises."""
+    try:
+        _answer(run_uri, compute, channel)
+    except MaskfleetError as error:
+        channel.send(type(error)(str(error)))  # without what it holds: that may not travel
+    except MemoryError as error:
+        channel.send(MemoryError(str(error)))
+    except Exception:  # noqa: BLE001 - raised by the parent, as a bug
+        channel.send(RuntimeError(f"in a child process:\n{traceback.format_exc()}"))
+
+
+def _answer(run_uri: str, compute: Compute, channel: Connection) -> None:
     from pipeline.run import answer  # run imports this file
 
     line = Line.open(run_uri, compute)
     segmenter = line.segmenter()
     _limit_memory(compute.image_memory_mb)
     channel.send("ready")
-
-    def announced(item: EncodedImage, tell: Callable[[str], None]) -> Iterator[EncodedImage]:
-        yield item
-        tell("decoded")  # asked for the next one: this one has pixels
-
     while True:
         try:
             item, slots = channel.recv()
         except EOFError:
             return
-        results = answer(announced(item, channel.send), line, segmenter, Clock(), slots)
+        results = answer([item], line, segmenter, _TellingClock(channel), slots)
         channel.send(next(iter(results)))
 
 
@@ -146,4 +212,5 @@ def _limit_memory(megabytes: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the parent, where one ends them all
     _serve(sys.argv[1], Compute.model_validate_json(sys.argv[2]), Connection(int(sys.argv[3])))

@@ -5,27 +5,18 @@ import subprocess
 import sys
 import time
 
+from pipeline.bound import bound
 from pipeline.scheduler import JobState
 from pipeline.timetable import Record
 
 GRACE_S = 25.0  # within Kubernetes' 30; a segment run finishes the fragments in flight meanwhile
 
-# PR_SET_PDEATHSIG (1): the kernel ends the job with its scheduler, however that ends, so that a
-# scheduler that finds the attempt later may start it again. It outlives execv. Linux alone has it;
-# elsewhere a job may outlive a killed scheduler. The parent may have died before the call.
-_BOUND = """
-import ctypes, os, signal, sys
-prctl = getattr(ctypes.CDLL(None), "prctl", None)
-if prctl is not None:
-    prctl(1, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        os._exit(137)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
 
 class Children:
-    """Commands of jobs/ in processes of this machine."""
+    """Commands of jobs/ in processes of this machine.
+
+    They end with the scheduler, so that one that finds an attempt later may start it again.
+    """
 
     def __init__(self) -> None:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
@@ -36,7 +27,7 @@ class Children:
             return
         job = [sys.executable, "-m", f"jobs.{record.command}", *record.arguments]
         self._started[record.id] = subprocess.Popen(  # noqa: S603 - a command of ours
-            [sys.executable, "-c", _BOUND, str(os.getpid()), *job],
+            bound(job),
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
         )

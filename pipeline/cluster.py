@@ -31,6 +31,7 @@ from pipeline.config import Compute, SegmentConfig
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.line import Line
+from pipeline.memory import refuse_too_little
 from pipeline.packing import object_of
 from pipeline.place import Capacity, Found
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
@@ -142,11 +143,14 @@ class OnRay:
     def found(
         self,
         bundle: tuple[bytes, bytes],
-        images: int,  # noqa: ARG002 - the contract
+        images: int,
         config: SegmentConfig,
     ) -> Found:
         """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
         self.connect()
+        if self._local:  # of a cluster's nodes nobody knows how many actors each will have
+            fragments = -(-images // config.fragment.images)  # at least: other bounds make more
+            refuse_too_little(len(bundle[1]), min(self._wanted(self.alive()), max(1, fragments)))
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self.gpus)
         asked = probe.remote(bundle, config.model_dump_json())
         return Found(**_waited(asked, self._compute.no_progress_s))
@@ -362,6 +366,8 @@ def _translated(error: BaseException) -> Exception:
         for candidate in (seen, cause):
             if isinstance(candidate, StorageError | RunRefused | RunUnfinished):
                 return type(candidate)(str(candidate.args[0]))
+            if isinstance(candidate, MemoryError):  # numpy's wants other arguments
+                return MemoryError(str(candidate))
         seen = cause if isinstance(cause, BaseException) and cause is not seen else seen.__cause__
     if isinstance(error, ray.exceptions.RayTaskError) or "UserCode" in type(error).__name__:
         return RuntimeError(f"a leg failed: {error}")
@@ -377,6 +383,7 @@ def _translated(error: BaseException) -> Exception:
 def _probe(bundle: tuple[bytes, bytes], config: str) -> dict[str, Any]:
     from pipeline.infer import Segmenter  # torch: on the worker only
 
+    refuse_too_little(len(bundle[1]), processes=1)
     made = Segmenter.of(bundle, SegmentConfig.model_validate_json(config))
     return asdict(made.found())
 

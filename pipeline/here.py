@@ -9,6 +9,7 @@ from pipeline.config import Compute, SegmentConfig
 from pipeline.infer import Segmenter
 from pipeline.labels import in_order
 from pipeline.line import Line
+from pipeline.memory import refuse_too_little
 from pipeline.place import Capacity, Found
 from pipeline.records import Receipt, Task
 from pipeline.run import run_here
@@ -39,6 +40,7 @@ class Here:
         config: SegmentConfig,
     ) -> Found:
         """See `Place.found`."""
+        refuse_too_little(len(bundle[1]), processes=1)  # which its workers are threads of
         self._segmenter = Segmenter.of(bundle, config)
         return self._segmenter.found()
 

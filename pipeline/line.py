@@ -8,6 +8,7 @@ from pipeline.decode import DecodeLimits
 from pipeline.ledger import Ledger
 from pipeline.mixing import Mixer
 from pipeline.records import PlannedImage, Task
+from pipeline.room import Room
 from pipeline.storage import Store, open_store
 from pipeline.tile import Grid
 
@@ -23,6 +24,7 @@ class Line:
     source: Store
     config: SegmentConfig
     grid: Grid
+    room: Room
     mixer: Mixer | None = None
     """Where fragments share batches."""
 
@@ -33,7 +35,7 @@ class Line:
         config = ledger.config.model_copy(update={"compute": compute})
         window = config.batch.window_mb * 1024**2
         shared = Mixer(ledger.budget, window, ledger.grid.align) if config.batch.mix else None
-        return cls(ledger, open_store(config.source), config, ledger.grid, shared)
+        return cls(ledger, open_store(config.source), config, ledger.grid, Room(window), shared)
 
     @property
     def limits(self) -> DecodeLimits:

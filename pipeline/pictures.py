@@ -11,12 +11,15 @@ from typing import Generic, TypeVar
 from pipeline.clock import Clock
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import ImageRejected
+from pipeline.headers import probe
 from pipeline.line import Line
 from pipeline.measure import RejectedImage
 from pipeline.records import EncodedImage, Pixels, PlannedImage, Verdict
 from pipeline.tile import Picture
 
 T = TypeVar("T")
+
+RGB = 3  # bytes of a pixel; of a gray one 1 or 2. While it works a decoder may have 4 more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,25 +65,40 @@ def ahead(
     change: Callable[[Pixels], T],
     clock: Clock,
 ) -> Iterator[Decoded[T]]:
-    """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads."""
+    """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads.
+
+    They run ahead by a picture per thread and one, as far as there is room (`Line.room`).
+    """
     threads = line.config.compute.decode_threads
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[tuple[Decoded[T] | RejectedImage, float]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    waiting: deque[tuple[Future[tuple[Decoded[T] | RejectedImage, float]], int]] = deque()
 
-        def landed() -> Iterator[Decoded[T]]:
-            outcome, worked = waiting.popleft().result()
-            clock.work("decode", worked)
-            if isinstance(outcome, RejectedImage):
-                aside.append(outcome)
-            else:
-                yield outcome
+    def landed() -> Iterator[Decoded[T]]:
+        outcome, worked = waiting[0][0].result()
+        clock.work("decode", worked)
+        if isinstance(outcome, RejectedImage):
+            aside.append(outcome)
+        else:
+            yield outcome
+        line.room.give_back(waiting.popleft()[1])  # the next is wanted: this one has been cut
 
-        for item in encoded:
-            waiting.append(pool.submit(_timed, item, line.limits, change))
-            if len(waiting) > threads:
+    with pool, line.room.fragment():
+        try:
+            for item in encoded:
+                need = _nbytes(item, line.limits)
+                while len(waiting) > threads or not line.room.take(need, wait=not waiting):
+                    yield from landed()
+                waiting.append((pool.submit(_timed, item, line.limits, change), need))
+            while waiting:
                 yield from landed()
-        while waiting:
-            yield from landed()
+        finally:
+            line.room.give_back(sum(need for _, need in waiting))
+
+
+def _nbytes(item: EncodedImage, limits: DecodeLimits) -> int:
+    """What a picture will take decoded, by its header; 0 for what is not going to be."""
+    height, width = probe(item.data or b"") or (0, 0)
+    return RGB * height * width if height * width <= limits.max_pixels else 0
 
 
 def _timed(

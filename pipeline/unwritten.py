@@ -9,6 +9,7 @@ from pipeline.layout import Layout
 from pipeline.ledger import Ledger, frozen
 from pipeline.line import Line
 from pipeline.place import Found
+from pipeline.room import Room
 from pipeline.storage import open_store
 
 
@@ -27,4 +28,5 @@ def unwritten(asked: SegmentConfig, card: Bundle, found: Found, layout: Layout) 
         "bundle": {"classes": [asdict(entry) for entry in card.classes]},
         "frozen": frozen(layout, grid, found.budget, found.device),
     }
-    return Line(Ledger(open_store(asked.out), run), open_store(asked.source), asked, grid)
+    ledger, room = Ledger(open_store(asked.out), run), Room(asked.batch.window_mb * 1024**2)
+    return Line(ledger, open_store(asked.source), asked, grid, room)

@@ -319,10 +319,11 @@ def content(run: Path | str, without: Sequence[str] = ()) -> dict[str, Any]:
         parts["masks"] = {key: (mask.shape, mask.tobytes()) for key, mask in masks.items()}
     else:
         parts["predictions"] = read.predictions.to_pylist()
-    return {name: _less(rows, without) for name, rows in parts.items()}
+    return {name: less(rows, without) for name, rows in parts.items()}
 
 
-def _less(rows: Any, without: Sequence[str]) -> Any:
+def less(rows: Any, without: Sequence[str]) -> Any:
+    """The same rows without these columns."""
     if isinstance(rows, dict):
         return rows
     return [{name: v for name, v in row.items() if name not in without} for row in rows]
@@ -340,7 +341,7 @@ def assert_same(run: Path | str, oracle: Mapping[str, Any], without: Sequence[st
     assert_sound(run)
     mine = content(run, without)
     for name, theirs in oracle.items():
-        assert mine[name] == _less(theirs, without), f"{name} differ"
+        assert mine[name] == less(theirs, without), f"{name} differ"
 
 
 def finished(words: Sequence[str], log: Path, code: int = EXIT_REJECTIONS) -> str:

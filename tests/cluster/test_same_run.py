@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from ipaddress import ip_address
 
+import numpy as np
 import psutil
 import pytest
 
@@ -113,6 +114,16 @@ def test_a_gpu_that_no_node_has_is_refused_at_once(archive, tiny_bundle, tmp_pat
         assert driver.ended() == 2, driver.err
     assert "no node there has a GPU" in driver.err
     assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_runs_out_on_a_worker_is_no_bug():
+    import ray.exceptions
+
+    from pipeline.cluster import in_our_words
+
+    numpys = np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("u1"))
+    with pytest.raises(MemoryError, match="Unable to allocate"), in_our_words():
+        raise ray.exceptions.RayTaskError("segment", "its trace", numpys)
 
 
 def is_loopback(address: str) -> bool:

@@ -1,0 +1,148 @@
+"""Too little disk or memory: a run stops, nothing is half there, and with more of it it goes on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import open_run
+from pipeline.errors import EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
+from pipeline.ledger import Ledger
+from pipeline.storage import open_store
+from pipeline.storage.local import PART
+from pipeline.verify import verify
+from tests import poisons, runs
+from tests.archives import filled, jpeg
+
+PAGE = 4096
+MB = 1024**2
+GROUPS = (
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),  # version 1
+    ("/sys/fs/cgroup", "memory.max"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(archive, tiny_bundle, tmp_path_factory):
+    """What a run holds, and what half of its commits take of a disk, in the words of mount."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    runs.finished(runs.words(archive, run, tiny_bundle), run.parent / "log")
+    files = sorted((p for p in run.rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
+    commits = [number for number, path in enumerate(files) if path.parent.name == "c"]
+    half = files[: commits[len(commits) // 2]]
+    pages = sum(-(-path.stat().st_size // PAGE) for path in half)
+    folders = len(
+        {folder for path in half for folder in path.parents if folder.is_relative_to(run)}
+    )
+    takes = {"size": PAGE * pages, "nr_inodes": len(half) + folders + 1}
+    return SimpleNamespace(half=takes, content=runs.content(run))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes a small disk, or makes it larger."""
+    if os.geteuid() != 0:
+        pytest.skip("ONLY ROOT CAN MOUNT A SMALL DISK")
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def sized(bound: str, value: int) -> Path:
+        options = f"{'remount,' * len(mounted)}{bound}={value}"
+        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("THIS MACHINE LETS NOBODY MOUNT A SMALL DISK")
+        mounted[:] = [bound]
+        return folder
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("bound", ["size", "nr_inodes"])
+def test_a_disk_that_fills_up_stops_the_run_and_with_room_it_goes_on(
+    archive, tiny_bundle, whole, disk, tmp_path, bound
+):
+    run = disk(bound, whole.half[bound]) / "run"
+    words = runs.words(archive, run, tiny_bundle)
+
+    said = runs.finished(words, tmp_path / "log", EXIT_UNFINISHED)
+    assert "free some space and run the same command again" in said
+    found = verify(Ledger.open(open_store(str(run))))
+    assert found.problems == []
+    assert found.pending > 0
+    assert not list(run.rglob(f"{PART}*"))
+    before = runs.commits(run)
+
+    disk(bound, whole.half[bound] * 4)  # the attempts that failed are noted, too
+    runs.finished(words, tmp_path / "log")
+    assert before.items() <= runs.commits(run).items()
+    runs.assert_same(run, whole.content)
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bounded():
+    """A function that makes a control group of so many megabytes, for drivers to join."""
+    made = []
+
+    def group(megabytes: int) -> str:
+        for top, limit in GROUPS:
+            folder = Path(top) / f"maskfleet-{secrets.token_hex(4)}"
+            try:
+                folder.mkdir()
+                made.append(folder)
+                (folder / limit).write_text(str(megabytes * MB))
+            except OSError:  # no such version, no rights, or the controller is another's
+                continue
+            return str(folder)
+        pytest.skip("THIS MACHINE LETS NOBODY BOUND THE MEMORY OF A PROCESS")
+
+    yield group
+    for folder in made:
+        runs.until(lambda folder=folder: not (folder / "cgroup.procs").read_text(), "its processes")
+        folder.rmdir()
+
+
+def join(group: str) -> None:
+    """Bound this process, and let it fall for what is decoded."""
+    poisons.spread()
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+
+
+def test_an_image_for_which_the_kernel_kills_is_found_and_rejected(tiny_bundle, bounded, tmp_path):
+    good = {f"good-{number}.jpg": jpeg(60, 80, number) for number in range(3)}
+    bad = {"good-1-hungry.jpg": poisons.poison("decode", b"GULP", jpeg(60, 80, 9))}
+    source, run = filled(tmp_path / "in", {**good, **bad}), tmp_path / "run"
+    words, log = runs.words(source, run, tiny_bundle), tmp_path / "log"
+    starved = (poisons.everywhere(tmp_path / "start", poisons.spread), join, bounded(900))
+
+    with runs.driver(words, log, *starved) as driver:
+        assert driver.wait() == -signal.SIGKILL, driver.said
+    with runs.driver(words, log, *starved) as driver:
+        assert driver.wait() == EXIT_REJECTIONS, driver.said
+
+    (row,) = open_run(str(run)).rejected.to_pylist()
+    assert (row["key"], row["station"], row["reason"]) == (*bad, "decode", "killed_decode")
+    assert "with exit -9" in row["detail"]
+    runs.assert_sound(run)
+
+
+def test_a_machine_with_too_little_memory_is_told_so_and_nothing_is_written(
+    archive, tiny_bundle, bounded, tmp_path
+):
+    words = runs.words(archive, tmp_path / "run", tiny_bundle)
+    with runs.driver(words, tmp_path / "log", None, join, bounded(100)) as driver:
+        assert driver.wait() == EXIT_REFUSED, driver.said
+
+    assert "this machine has 100 MB" in driver.said
+    assert "more memory" in driver.said
+    assert not list((tmp_path / "run").rglob("*"))

@@ -1,0 +1,110 @@
+"""Decoding ahead of the model: how far, and what memory bounds it."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.clock import Clock
+from pipeline.config import Compute
+from pipeline.decode import DecodeLimits
+from pipeline.pictures import RGB, ahead
+from pipeline.records import EncodedImage
+from pipeline.room import Room
+from tests.archives import png
+
+SIDE = 64
+NBYTES = RGB * SIDE * SIDE
+PATIENCE_S = 5.0
+
+
+def line(room: Room, threads: int = 2, **limits: int) -> SimpleNamespace:
+    config = SimpleNamespace(compute=Compute(decode_threads=threads))
+    return SimpleNamespace(config=config, limits=DecodeLimits(**limits), room=room)
+
+
+def pictures(count: int) -> list[EncodedImage]:
+    return [EncodedImage(None, png(SIDE, SIDE, seed)) for seed in range(count)]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def decoded_while_the_first_is_in_use(room: Room, expected: int, **limits: int) -> int:
+    seen, aside = [], []
+    some = ahead(pictures(6), line(room, **limits), aside, seen.append, Clock())
+    next(some)
+    until(lambda: len(seen) >= expected)
+    time.sleep(0.05)  # more would come now
+    ahead_by = len(seen)
+    assert len(list(some)) == 5
+    assert aside == []
+    return ahead_by
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (100 * NBYTES, 3),  # one per thread and the one in use
+        (2 * NBYTES, 2),
+        (2 * NBYTES - 1, 1),
+        (1, 1),  # one may always, or nothing would go on
+    ],
+)
+def test_pictures_are_decoded_ahead_as_far_as_there_is_room(share, expected):
+    assert decoded_while_the_first_is_in_use(Room(share), expected) == expected
+
+
+def test_what_is_too_large_to_be_decoded_takes_no_room():
+    seen, aside = [], []
+    small = line(Room(1), max_pixels=SIDE * SIDE - 1)
+
+    assert list(ahead(pictures(4), small, aside, seen.append, Clock())) == []
+    assert [one.verdict.reason for one in aside] == ["too_large"] * 4
+
+
+def test_a_fragment_that_is_given_up_gives_its_room_back():
+    room = Room(100 * NBYTES)
+    some = ahead(pictures(6), line(room), [], lambda pixels: pixels, Clock())
+    next(some)
+    some.close()
+
+    assert decoded_while_the_first_is_in_use(room, 3) == 3
+    assert room.take(1000 * NBYTES, wait=True)  # nobody holds any
+
+
+def test_fragments_share_their_room_and_none_waits_for_ever():
+    room, most, held = Room(NBYTES), [], [0]
+    lock = threading.Lock()
+
+    def count(change: int) -> None:
+        with lock:
+            held[0] += change
+            most.append(held[0])
+
+    def fragment() -> None:
+        for _ in ahead(pictures(20), line(room), [], lambda _: count(1), Clock()):
+            count(-1)
+
+    threads = [threading.Thread(target=fragment) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(most) == 160
+    assert max(most) <= 4
+
+
+def test_room_of_one_is_left_to_the_others():
+    room = Room(NBYTES)
+    with room.fragment(), room.fragment():
+        assert room.take(2 * NBYTES, wait=False)
+        assert not room.take(1, wait=False)
+        room.give_back(NBYTES)
+        assert room.take(NBYTES, wait=False)

@@ -38,8 +38,10 @@ from pipeline.layout import (
 from pipeline.ledger import CARD, WEIGHTS, Commit, Ledger
 from pipeline.plan import SCHEMA, fragments_table
 from pipeline.records import Array
+from pipeline.storage import ObjectUnreadable
 from pipeline.tables import read_table
 
+GONE = (StorageMissing, ObjectUnreadable)  # an object that is not there, or cannot be read any more
 AT_ONCE = 4  # whole objects in memory at a time
 SUM_MAY_MISS = 1e-3  # float32, thousands of classes
 PLACES = ("pixel_start", "mask_index", "path", "byte_offset", "byte_nbytes")
@@ -93,7 +95,7 @@ def verify(ledger: Ledger) -> Findings:
 def _bundle(ledger: Ledger) -> Iterator[str]:
     try:
         card, weights = ledger.bundle_files()
-    except StorageMissing as error:
+    except GONE as error:
         yield f"bundle/: {error}"
         return
     if hashlib.sha256(card).hexdigest() != ledger.run["bundle"]["sha256"]:
@@ -171,7 +173,7 @@ def _fragment(
         header = read_header(data)
         check_data(data, header)
         index = read_index(data, ledger.layout.index_entries)
-    except (FragmentDamaged, StorageMissing) as error:
+    except (FragmentDamaged, *GONE) as error:
         return [f"{commit.path}: {error}; delete it and run segment again"], 0, 0
     problems = list(_tables(ledger, commit, header, planned))
     if not ledger.layout.has_masks:
@@ -271,7 +273,7 @@ def _image(
             counts = yield from _large_counts(ledger, row)
         else:
             counts = yield from _slot_counts(ledger, data, header, index, row)
-    except (FragmentDamaged, StorageMissing) as error:
+    except (FragmentDamaged, *GONE) as error:
         yield str(error)
         return
     layout, ids = ledger.layout, [entry["id"] for entry in ledger.classes]
@@ -390,7 +392,7 @@ def _final(ledger: Ledger) -> Iterator[str]:
     for name, (fresh, _) in made.items():
         try:
             stored = ledger.store.read(f"final/{name}.parquet")
-        except StorageMissing as error:
+        except GONE as error:
             yield f"final/{name}.parquet: {error}; run segment again"
             continue
         if hashlib.sha256(stored).hexdigest() != hashes[name]:

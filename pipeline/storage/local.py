@@ -33,7 +33,12 @@ class LocalStore:
         with _translated(self.uri):
             if not self._at(prefix).is_dir():
                 raise StorageMissing(f"{self._at(prefix)} is not a folder")
-        yield from self._below(str(self._at(prefix)), f"{prefix}/" if prefix else "")
+        gone = False
+        for found in self._below(str(self._at(prefix)), f"{prefix}/" if prefix else ""):
+            gone |= not found.etag
+            yield found
+        if gone:  # since their folder was read: some files, or the disk?
+            self.ensure_there()
 
     def _below(self, folder: str, shown: str) -> Iterator[Found]:
         with _translated(folder), os.scandir(folder) as entries:

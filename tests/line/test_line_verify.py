@@ -1,7 +1,9 @@
 """`verify` finds every kind of damage, names the object, and never falls over it."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from pipeline.fragment import assemble, compress, decompress, read_header, read_index
 from pipeline.ledger import Ledger
 from pipeline.status import status
-from pipeline.storage import open_store
+from pipeline.storage import local, open_store
 from tests.archives import copied, filled, png, problems, segment
 
 C = "masks.zarr/mask/c"
@@ -106,6 +108,18 @@ def test_a_flipped_byte_anywhere_in_a_fragment_is_found(run):
         found(run, f"{C}/1", "delete it and run segment again")
         flip(path, at)
     assert problems(run) == []
+
+
+@pytest.mark.parametrize("path", [f"{C}/1", "bundle/weights.safetensors", "final/images.parquet"])
+def test_an_object_on_a_bad_sector_is_found(run, monkeypatch, path):
+    def opened(target):
+        if target == run / path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        return whole(target)
+
+    whole = local._opened
+    monkeypatch.setattr(local, "_opened", opened)
+    found(run, path.partition("/weights")[0], "corrupt_read", "Input/output error")
 
 
 def test_a_fragment_that_was_deleted_is_pending_and_comes_back(finished, run):

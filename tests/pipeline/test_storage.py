@@ -225,6 +225,21 @@ def test_a_folder_that_is_gone_or_empty_is_not_there(store, tmp_path):
         store.ensure_there()
 
 
+def test_a_folder_that_goes_while_it_is_listed_has_no_listing(store, tmp_path):
+    for name in "abc":
+        store.create(name, b"1")
+    listing = store.list()
+    next(listing)
+    (store.root / "b").unlink()
+    assert [found.regular for found in listing] == [False, True]
+
+    listing = store.list()
+    next(listing)
+    store.root.rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageMissing):
+        list(listing)
+
+
 @pytest.fixture
 def nobody():
     """A folder that all may enter, and a way to be a user whom permissions bind."""

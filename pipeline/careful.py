@@ -180,12 +180,19 @@ def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
     """The child: answer images until the parent closes the channel, or one raises."""
     try:
         _answer(run_uri, compute, channel)
-    except MaskfleetError as error:
-        channel.send(type(error)(str(error)))  # without what it holds: that may not travel
-    except MemoryError as error:
-        channel.send(MemoryError(str(error)))
-    except Exception:  # noqa: BLE001 - raised by the parent, as a bug
-        channel.send(RuntimeError(f"in a child process:\n{traceback.format_exc()}"))
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        channel.send(_told(error))
+
+
+def _told(error: Exception) -> Exception:
+    """An error without what it holds, which may not travel."""
+    if isinstance(error, MaskfleetError):
+        return type(error)(str(error))
+    from pipeline.infer import out_of_memory  # torch: for the child only
+
+    if out_of_memory(error):
+        return MemoryError(str(error))
+    return RuntimeError(f"in a child process:\n{traceback.format_exc()}")
 
 
 def _answer(run_uri: str, compute: Compute, channel: Connection) -> None:

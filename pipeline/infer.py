@@ -130,7 +130,7 @@ class Segmenter:
                 answers = self._run(tiles, height, width, confidence)
                 held = time.perf_counter() - start  # answers are on the host: the GPU is done
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(tiles) == 1:
                 yield TileAnswer(
@@ -252,9 +252,13 @@ class Segmenter:
         span = self.model.span(
             max(pixels.height, self.model.min_side), max(pixels.width, self.model.min_side)
         )
-        return self._finish(
-            scores, g0, cells, span, (y0, y1), pixels.width, nodata, confidence or picture.large
-        )
+        wanted = confidence or picture.large
+        try:
+            return self._finish(scores, g0, cells, span, (y0, y1), pixels.width, nodata, wanted)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(str(error)) from error
 
     def _finish(
         self,
@@ -346,7 +350,7 @@ class Segmenter:
             try:
                 self._run(tiles, side, side, confidence=False)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 return None
             times.append(time.perf_counter() - start)
@@ -453,7 +457,8 @@ def device_of(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory, the host's or a GPU's; torch has no one class for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
         error
     )

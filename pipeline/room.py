@@ -1,6 +1,7 @@
 """Memory for pictures that are decoded ahead, shared by the fragments of a process."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ class Room:
 
     def __init__(self, share: int) -> None:
         self._share, self._fragments, self._held = share, 0, 0
+        self._queue: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextmanager
@@ -27,19 +29,26 @@ class Room:
                 self._fragments -= 1
 
     def take(self, nbytes: int, *, wait: bool) -> bool:
-        """Take room for a picture; False if there is none now.
+        """Take room for a picture; False if there is none now, or others wait.
 
         Args:
             nbytes: what it needs decoded.
             wait: until there is room. Only for one that holds none itself, or all might wait.
         """
         with self._changed:
-            while self._held and self._held + nbytes > self._share * self._fragments:
-                if not wait:
-                    return False
-                self._changed.wait()
+            if not wait and (self._queue or not self._fits(nbytes)):
+                return False
+            # One after the other: small pictures must not keep a large one waiting for ever.
+            me = object()
+            self._queue.append(me)
+            self._changed.wait_for(lambda: self._queue[0] is me and self._fits(nbytes))
+            self._queue.popleft()
             self._held += nbytes
+            self._changed.notify_all()
             return True
+
+    def _fits(self, nbytes: int) -> bool:
+        return not self._held or self._held + nbytes <= self._share * self._fragments
 
     def give_back(self, nbytes: int) -> None:
         """A picture has gone on, or never came."""

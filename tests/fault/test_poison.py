@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -212,6 +213,8 @@ def test_a_child_that_hangs_ends_with_its_parent(place, end):
     with place.driver(*flags, log="second") as driver:
         if end != "stuck":
             runs.until(lambda: any(map(place.hangs, children(place.run))), "a child that hangs")
+            # a terminal's Ctrl-C is for a group of processes: it is not for the child
+            assert all(os.getpgid(child.pid) == child.pid for child in children(place.run))
         if end == "SIGKILL":
             driver.kill()
         elif end == "interrupted twice":

@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_with_room_it_goes_on(
     archive, tiny_bundle, whole, disk, tmp_path, bound
 ):
     run = disk(bound, whole.half[bound]) / "run"
-    words = runs.words(archive, run, tiny_bundle)
+    words = runs.words(archive, run, tiny_bundle, "--compute.workers", "1")
 
     said = runs.finished(words, tmp_path / "log", EXIT_UNFINISHED)
     assert "free some space and run the same command again" in said

@@ -1,5 +1,6 @@
 """The model's answers: never a matter of batch mates, memory or strips; nodata never counts."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -227,6 +228,24 @@ def test_running_out_of_memory_splits_the_batch_and_is_remembered(tiny_bundle):
     sizes.clear()
     answers(segmenter, chosen, 10**9)
     assert sizes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [("[enforce fail at alloc_cpu.cpp] can't allocate memory: you tried", MemoryError),
+     ("shapes do not match", RuntimeError)],
+)  # fmt: skip
+def test_of_a_tiled_picture_torchs_want_of_memory_is_a_memory_error(tiny_bundle, said, raised):
+    segmenter = Segmenter(*files_of(tiny_bundle), "cpu")
+
+    def small_memory(*arguments):
+        raise RuntimeError(said)
+
+    segmenter._finish = small_memory
+
+    scores_KGg = np.zeros((2, 16, 16), np.float32)
+    with pytest.raises(raised, match=re.escape(said)):
+        segmenter.finish(picture(64, 64, 1), scores_KGg, 0, (16, 16), 0, 64, confidence=False)
 
 
 def test_one_tile_that_does_not_fit_is_a_failure_of_its_own(tiny_bundle):

@@ -108,3 +108,17 @@ def test_room_of_one_is_left_to_the_others():
         assert not room.take(1, wait=False)
         room.give_back(NBYTES)
         assert room.take(NBYTES, wait=False)
+
+
+def test_small_pictures_do_not_keep_a_large_one_waiting():
+    room, came = Room(10), []
+    with room.fragment():
+        assert room.take(1, wait=False)
+        large = threading.Thread(target=lambda: came.append(room.take(100, wait=True)))
+        large.start()
+        until(lambda: not room.take(1, wait=False) or room.give_back(1))
+        assert came == []
+
+        room.give_back(1)
+        large.join(PATIENCE_S)
+        assert came == [True]

@@ -106,15 +106,15 @@ class Ledger:
             raise RunRefused(
                 f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
             ) from error
-        if run.get("sha256", _digest(run)) != _digest(run):
-            raise RunRefused(
-                f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
-                "restore it or start in another folder"
-            )
         if found != FORMAT_VERSION:
             raise RunRefused(
                 f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; "
                 "use the version that wrote it"
+            )
+        if run.get("sha256", _digest(run)) != _digest(run):
+            raise RunRefused(
+                f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
+                "restore it or start in another folder"
             )
         return cls(store, run)
 

@@ -522,6 +522,10 @@ def test_a_run_whose_json_is_damaged_or_from_the_future_is_refused(tmp_path, tin
     with pytest.raises(RunRefused, match="damaged"):
         segment(source, out, tiny_bundle)
 
+    (out / "run.json").write_text(text.replace('"budget": ', '"budget": 1'))
+    with pytest.raises(RunRefused, match="not what was written"):
+        segment(source, out, tiny_bundle)
+
     (out / "run.json").write_text(json.dumps({**json.loads(text), "format_version": 99}))
     with pytest.raises(RunRefused, match="format version 99"):
         segment(source, out, tiny_bundle)

@@ -113,7 +113,7 @@ def test_a_gpu_that_no_node_has_is_refused_at_once(archive, tiny_bundle, tmp_pat
     with runs.command([*words, "--on", "local"]) as driver:
         assert driver.ended() == 2, driver.err
     assert "no node there has a GPU" in driver.err
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/run.json").exists()
 
 
 def test_memory_that_runs_out_on_a_worker_is_no_bug():

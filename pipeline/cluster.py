@@ -65,7 +65,6 @@ IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there 
 GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predicting
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
 TRIES = 4  # workers that one item of `OnRay.each` may cost: it may be what kills them
-GUARD = "~/.ray/auth_token"  # where Ray looks for it, and would write it as the umask says
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Where the store is; never who we are: workers find credentials in their own chain."""
 WORKERS = {"MALLOC_ARENA_MAX": "1"}
@@ -276,7 +275,8 @@ def _guard() -> None:
         )
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
-    token = Path(GUARD).expanduser()
+    # Where Ray looks for it, and would write it as the umask says.
+    token = Path("~/.ray/auth_token").expanduser()
     token.parent.mkdir(mode=0o700, exist_ok=True)
     if token.exists():
         token.chmod(0o600)

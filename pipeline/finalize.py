@@ -22,7 +22,7 @@ from pipeline.errors import RunUnfinished
 from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, Header
 from pipeline.layout import Layout
 from pipeline.ledger import Commit, Ledger, now
-from pipeline.tables import TableDamaged, in_our_words, open_table
+from pipeline.tables import WRITTEN, TableDamaged, in_our_words, open_table
 
 REJECTED = pa.schema(
     [IMAGES.field(name) for name in ("image_id", "key", "uri", "station", "reason")]
@@ -213,10 +213,11 @@ class _Tables:
 
     def __init__(self, schemas: dict[str, pa.Schema], newest: int) -> None:
         self._sinks = {name: io.BytesIO() for name in schemas}
-        how = {"compression": "zstd", "write_page_index": True, "write_page_checksum": True}
         said = {ROUND: str(newest).encode()}
         self._writers = {
-            name: pq.ParquetWriter(self._sinks[name], schema.with_metadata(said), **how)
+            name: pq.ParquetWriter(
+                self._sinks[name], schema.with_metadata(said), write_page_index=True, **WRITTEN
+            )
             for name, schema in schemas.items()
         }
         self._waiting: dict[str, list[pa.Table]] = {name: [] for name in schemas}

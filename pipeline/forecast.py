@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pipeline.sampling import Sampled
 
 STRATA = 8
-# Of runs by their receipts, 2026-11-28, two cores (benchmarks/RESULTS.md: 0.88 to 0.98): how much of
-# the time workers are at work, the standard deviation around that, and what passes before.
+# Of runs by their receipts, 2026-11-28, two cores (benchmarks/RESULTS.md: 0.88 to 0.98): how much
+# of the time workers are at work, the standard deviation around that, and what passes before.
 EFFICIENCY, SPREAD = 0.95, 0.06
 START_S = {"process": 3.0, "ray": 12.0}
 

@@ -48,6 +48,8 @@ RUN = "run.json"
 FORECAST = "forecast.json"  # may be there before the run is (`maskfleet plan`)
 CARD, WEIGHTS = "bundle/model.json", "bundle/weights.safetensors"
 HEADER_GUESS = 256 * 1024  # one request gets the header of 1024 images (130 kB, STORE §1.3)
+RESTORE = "a plan cannot be made again: restore the object"
+DELETE = "delete it and run segment again"
 AT_ONCE = 16  # headers read at the same time
 
 Json = dict[str, Any]
@@ -242,29 +244,20 @@ class Ledger:
 
     def plan(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A whole round's plan (some columns of it)."""
-        with self._plan_named(number), self.plan_file(path_of_round(number)) as file:
+        path = path_of_round(number)
+        with self._named(path, RESTORE), self.plan_file(path) as file:
             return read_table(file, columns)
 
     def planned(self, number: int, row_group: int) -> list[PlannedImage]:
         """The images of one fragment, in plan order: one request, once the footer is here."""
         path = path_of_round(number)
-        with self._plan_named(number), in_our_words():
+        with self._named(path, RESTORE), in_our_words():
             if number not in self._plans:
                 with self.plan_file(path) as file:
                     self._plans[number] = file.nbytes, open_table(file).metadata
             nbytes, footer = self._plans[number]
             file = Ranged(self.store, path, nbytes, None)
             return read_fragment(open_table(file, footer), row_group)
-
-    @contextlib.contextmanager
-    def _plan_named(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        except TableDamaged as error:
-            raise TableDamaged(
-                f"{self.store.uri}/{path_of_round(number)}: {error}; "
-                "a plan cannot be made again: restore the object"
-            ) from error
 
     def fragments(self, number: int) -> pa.Table:
         """The fragments of a round; taken from its plan where their own table is no good."""
@@ -344,7 +337,7 @@ class Ledger:
             FragmentDamaged: naming the object.
         """
         start = self._start_of(commit)
-        with self._naming(commit):
+        with self._named(commit.path, DELETE):
             return read_header(start)
 
     def headers(self, commits: list[Commit]) -> Iterator[tuple[Commit, Header]]:
@@ -357,25 +350,24 @@ class Ledger:
             for first in range(0, len(commits), AT_ONCE * 4):
                 part = commits[first : first + AT_ONCE * 4]
                 for commit, start in zip(part, pool.map(self._start_of, part), strict=True):
-                    with self._naming(commit):
+                    with self._named(commit.path, DELETE):
                         header = read_header(start)
                     yield commit, header
 
     def _start_of(self, commit: Commit) -> bytes:
-        with self._naming(commit):
+        with self._named(commit.path, DELETE):
             start = self.store.read(commit.path, 0, HEADER_GUESS)
             if (need := header_nbytes(start)) > len(start):
                 start = self.store.read(commit.path, 0, need)
             return start
 
     @contextlib.contextmanager
-    def _naming(self, commit: Commit) -> Iterator[None]:
+    def _named(self, path: str, way_out: str) -> Iterator[None]:
+        """Say which object it is that is damaged, and what to do."""
         try:
             yield
-        except FragmentDamaged as error:
-            raise FragmentDamaged(
-                f"{self.store.uri}/{commit.path}: {error}; delete it and run segment again"
-            ) from error
+        except (FragmentDamaged, TableDamaged) as error:
+            raise type(error)(f"{self.store.uri}/{path}: {error}; {way_out}") from error
 
     # ------------------------------------------------------------------------------- what is final
 

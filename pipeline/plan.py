@@ -32,6 +32,7 @@ from pipeline.listing import Item, Listing, discover, key_of
 from pipeline.packed import Packed
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import Store
+from pipeline.tables import WRITTEN
 
 SCHEMA = pa.schema(
     [
@@ -385,8 +386,7 @@ def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
     notes = {"maskfleet.token": token, "maskfleet.listing": json.dumps(about, sort_keys=True)}
     schema = SCHEMA.with_metadata(notes)
     # No statistics: every reader of a fragment reads the footer, which would be twice as long.
-    how = {"compression": "zstd", "write_statistics": False, "write_page_checksum": True}
-    with pq.ParquetWriter(sink, schema, **how) as writer:
+    with pq.ParquetWriter(sink, schema, write_statistics=False, **WRITTEN) as writer:
         for rows in plan.groups():
             there = rows["fragment"][0].as_py() >= 0
             uris = [_uri(plan.source, key) if there else "" for key in rows["key"].to_pylist()]

@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
 
+WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""How every table of ours is written."""
+
 
 class TableDamaged(StorageError, OSError):
     """An object that should be a Parquet table and is not."""
@@ -84,5 +87,5 @@ def in_our_words() -> Iterator[None]:
 def write_table(table: pa.Table) -> bytes:
     """A table as one Parquet object; equal tables give equal bytes."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, sink, **WRITTEN)
     return sink.getvalue()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -168,3 +169,15 @@ class InProcess(Here):
     def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
         made = self._segmenter = self._segmenter or Segmenter.of(bundle, config)
         return made.found(BUDGET)
+
+
+class NoProbe(InProcess):
+    """Loads each model once for all runs of this process: only where many small runs follow."""
+
+    _loaded: ClassVar[dict[bytes, Segmenter | None]] = {}
+
+    def found(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
+        self._segmenter = self._loaded.get(bundle[0])
+        answer = super().found(bundle, images, config)
+        self._loaded[bundle[0]] = self._segmenter
+        return answer

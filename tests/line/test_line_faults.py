@@ -12,25 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline.errors import MaskfleetError
 from tests.archives import filled, png, problems, segment
-from tests.bundles import InProcess
+from tests.bundles import NoProbe
 from tests.faultstore import OF_READS, Killed, faulty
 from tests.runs import content
 
 OUT_WAYS = ("busy", "denied", "lost", "twice", "short", "flip")
 KILLS = ("killed_before", "killed_after")  # at every write: test_line_resume.py
 SOURCE_WAYS = ("busy", "denied", "lost", "twice")  # a flipped input is another input: docs say so
-
-
-class Quick(InProcess):
-    """This process, with the model of all other runs here."""
-
-    loaded = None
-
-    def found(self, bundle, images, config):
-        self._segmenter = Quick.loaded
-        answer = super().found(bundle, images, config)
-        Quick.loaded = self._segmenter
-        return answer
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +28,9 @@ def small(tmp_path_factory, tiny_bundle):
     pictures = {f"{name}.png": png(16, 20, ord(name)) for name in "abde"}
     source = filled(folder / "in", {**pictures, "c.png": b"\x89PNG\r\n\x1a\n"})
     with faulty(folder / "undisturbed", -1, "busy") as out:
-        segment(source, folder / "undisturbed", tiny_bundle, Quick())
+        segment(source, folder / "undisturbed", tiny_bundle, NoProbe())
     with faulty(source, -1, "busy") as read:
-        segment(source, folder / "again", tiny_bundle, Quick())
+        segment(source, folder / "again", tiny_bundle, NoProbe())
     return SimpleNamespace(
         folder=folder, source=source, model=tiny_bundle, count=len(out.asked),
         reads=len(read.asked), expected=content(folder / "undisturbed"),
@@ -53,8 +41,8 @@ def ends_as_undisturbed(small, out, faults) -> None:
     """Whatever the faults make of one call, the next one makes the run."""
     # A sentence and an exit code: anything else is a bug, and fails here.
     with faults as told, contextlib.suppress(MaskfleetError, Killed):
-        segment(small.source, out, small.model, Quick())
-    segment(small.source, out, small.model, Quick())
+        segment(small.source, out, small.model, NoProbe())
+    segment(small.source, out, small.model, NoProbe())
     assert content(out) == small.expected, told.asked
     assert problems(out) == [], told.asked
 
@@ -90,5 +78,5 @@ def test_blow_after_blow_it_ends_as_if_there_had_been_none(small, tmp_path, in_p
     shutil.rmtree(out, ignore_errors=True)
     for way, call in blows:
         with faulty(out, call, way), contextlib.suppress(MaskfleetError, Killed):
-            segment(small.source, out, small.model, Quick())
+            segment(small.source, out, small.model, NoProbe())
     ends_as_undisturbed(small, out, faulty(out, -1, "busy"))

@@ -24,8 +24,9 @@ from pipeline.status import status
 from pipeline.storage import PREFLIGHT, LocalStore, open_store
 from tests import archives
 from tests.archives import filled, png, problems, segment, tree, uniform
-from tests.bundles import InProcess
+from tests.bundles import InProcess, NoProbe
 from tests.bundles import tiny_bundle as another_bundle
+from tests.faultstore import WRITES, Killed, faulty
 from tests.runs import commits, content
 
 
@@ -40,10 +41,6 @@ class Counting(InProcess):
         tasks = list(tasks)
         self.asked += [task.fragment for task in tasks]
         yield from super().run(tasks, run_uri, stop)
-
-
-class Killed(BaseException):
-    """What a SIGKILL would be, if it could be raised."""
 
 
 class Mortal(Counting):
@@ -130,57 +127,15 @@ def test_a_finished_run_does_nothing_when_it_is_called_again(tmp_path, tiny_bund
 # -- every point where a driver can die ----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def dying(out, call: int, *, after: bool):
-    """Let the writes below a folder fail for good from the so-manieth on, undone or done."""
-    state = SimpleNamespace(count=0, dead=False, lock=threading.Lock())
-    originals = {name: getattr(LocalStore, name) for name in ("create", "replace", "delete")}
-
-    def mortal(name):
-        def write(self, *arguments):
-            if self.root != out:
-                return originals[name](self, *arguments)
-            with state.lock:
-                if state.dead:
-                    raise Killed
-                state.count += 1
-                state.dead = state.count == call
-                if state.dead and after:
-                    originals[name](self, *arguments)
-                if state.dead:
-                    raise Killed
-            return originals[name](self, *arguments)
-
-        return write
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in originals:
-            patch.setattr(LocalStore, name, mortal(name))
-        yield state
-
-
 def shape(out) -> set[str]:
     """The files of a run, without what tells of its accidents."""
     return {p for p in tree(out) if not p.startswith(("attempts/", PREFLIGHT))}
 
 
 def writes_of(source, out, model) -> int:
-    with dying(out, -1, after=False) as state:
+    with faulty(out, -1, "killed_before", WRITES) as faults:
         segment(source, out, model, NoProbe())
-    return state.count
-
-
-class NoProbe(InProcess):
-    """Loads each model once for all runs of this file."""
-
-    def found(self, bundle, images, config):
-        self._segmenter = LOADED.get(bundle[0])
-        answer = super().found(bundle, images, config)
-        LOADED[bundle[0]] = self._segmenter
-        return answer
-
-
-LOADED: dict = {}
+    return len(faults.asked)
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +158,10 @@ def filled_exactly(folder, contents):
     return folder
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("way", ["killed_before", "killed_after"])
 @pytest.mark.parametrize("state", ["fresh", "grown"])
 def test_wherever_a_driver_dies_the_next_one_ends_where_an_undisturbed_one_would(
-    small, tmp_path, in_process, state, after
+    small, tmp_path, in_process, state, way
 ):
     source = tmp_path / "in"
     base = tmp_path / "base"
@@ -227,7 +182,7 @@ def test_wherever_a_driver_dies_the_next_one_ends_where_an_undisturbed_one_would
 
     for call in range(1, count + 1):
         out = begun(f"dies-at-{call}")
-        with dying(out, call, after=after), pytest.raises(Killed):
+        with faulty(out, call, way, WRITES), pytest.raises(Killed):
             segment(source, out, small.model, NoProbe())
         segment(source, out, small.model, NoProbe())
 
@@ -240,7 +195,7 @@ def test_a_driver_that_dies_again_and_again_gets_there_in_the_end(small, tmp_pat
     source = filled_exactly(tmp_path / "in", small.sources["fresh"])
     out, deaths = tmp_path / "out", 0
     while True:
-        with dying(out, 7, after=True):  # every life is seven writes long
+        with faulty(out, 7, "killed_after", WRITES):  # every life is seven writes long
             try:
                 segment(source, out, small.model, NoProbe())
             except Killed:

@@ -49,7 +49,7 @@ def measured(asked: argparse.Namespace) -> list[str]:
     )
     labelled = opened(config)
     learnt, look = roles(config, labelled)
-    start = start_of(config, labelled.ontology)
+    start = start_of(config, labelled)
     recipe: Recipe = balanced(recipe_of(config, start.card, labelled.ontology), learnt)
     job = job_of(config, open_store(config.out), start, learnt, look, recipe)
     torch.set_num_threads(asked.threads)
@@ -58,7 +58,7 @@ def measured(asked: argparse.Namespace) -> list[str]:
 
     fit = Fit(fresh_model(job), recipe, pictures=len(learnt.items))
     feed = here(job)(0)
-    made = (batch_of(part.pixels_BhwC, part.labels_Bhw, recipe) for part in feed)
+    made = (batch_of(part.pixels_BhwC, part.labels, recipe) for part in feed)
     first = next(made)
     still = (tuple(each.clone() for each in first) for _ in itertools.count())
     each = asked.steps // TURNS

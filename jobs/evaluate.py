@@ -55,7 +55,8 @@ def _text(figures: Figures) -> list[str]:
     about = figures.about
     width = max(len(one.name) for one in figures.classes)
     width = min(40, max(width, len("class")))
-    head = f"{'class':<{width}}  {'IoU':>6} {'Dice':>6} {'found':>6} {'border':>6}  {'pixels':>12}"
+    counted = "pictures" if about.task == "classify" else "pixels"
+    head = f"{'class':<{width}}  {'IoU':>6} {'Dice':>6} {'found':>6} {'border':>6}  {counted:>12}"
     rows = [
         f"{printable(one.name, width):<{width}}  {_share(one.iou)} {_share(one.dice)} "
         f"{_share(one.accuracy)} {_share(one.boundary_f)}  {one.labelled:>12,}"
@@ -78,8 +79,10 @@ def _text(figures: Figures) -> list[str]:
         mean,
         "",
         (
-            f"pixel accuracy {_share(figures.pixel_accuracy).strip()} %, calibration error "
-            f"{_share(figures.calibration_error).strip()} %, borders within {border}"
+            f"{'' if about.task == 'classify' else 'pixel '}accuracy "
+            f"{_share(figures.pixel_accuracy).strip()} %, calibration error "
+            f"{_share(figures.calibration_error).strip()} %"
+            + ("" if about.task == "classify" else f", borders within {border}")
         ),
         *_strata(figures),
         *_confusion(figures, width),

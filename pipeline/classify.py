@@ -2,34 +2,27 @@
 
 A picture is scaled to what the model reads in one pass, in the threads that decode it, and goes
 into a batch as one tile; its softmax is its answer. There is no mask, nothing is cut or stitched.
-
-The scale is a rule of the picture's size alone: to the bundle's `input.resize` where there is one,
-whatever the picture's shape; else a picture whose longer side exceeds the tile size is scaled down
-to it, its shape kept, and a smaller one is read as it is. The filter is a triangle as wide as a
-step of the new grid (Pillow's BILINEAR, which does not alias), its answers rounded to whole values.
-Transparent pixels are read in the colour they are stored with.
+How it is scaled: pipeline/scaling.py.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
-from pipeline.batch import pack
+from pipeline.batch import Batch, pack
 from pipeline.clock import Clock
 from pipeline.line import Line
 from pipeline.measure import ClassifiedImage, RejectedImage
 from pipeline.pictures import ahead
-from pipeline.records import Array, EncodedImage, Pixels, Verdict
+from pipeline.records import EncodedImage, Pixels, Verdict
+from pipeline.scaling import Size, scaled, size_read
 from pipeline.tile import Picture, Tile, TileAnswer
 
 if TYPE_CHECKING:
     from pipeline.infer import Segmenter
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
+Predict = Callable[[Iterable[Batch]], Iterator[TileAnswer]]
+"""Answers to every tile of batches, in their order."""
 
 
 def classify(
@@ -44,41 +37,35 @@ def classify(
         clock: books the seconds.
     """
     aside: list[RejectedImage] = []
-    tiles = clock.over(
-        "decode", _scaled(encoded, line, aside, segmenter.bundle.input.resize, clock)
-    )
-    window = line.config.batch.window_mb * 1024**2
-    batches = pack(tiles, line.ledger.budget, window, line.grid.align)
-    answers = segmenter.predict(batches, confidence=False, saw=clock.saw)
-    for answer in clock.over("predict", answers):
+    predict = partial(segmenter.predict, confidence=False, saw=clock.saw)
+    resize = segmenter.bundle.input.resize
+    for answer in classified(encoded, line, resize, predict, aside, clock):
         yield _result(answer)
     yield from aside
 
 
-def size_read(upright: Size, resize: Size | None, longest: int) -> Size:
-    """The size at which a picture is read.
+def classified(
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    resize: Size | None,
+    predict: Predict,
+    aside: list[RejectedImage],
+    clock: Clock,
+) -> Iterator[TileAnswer]:
+    """Encoded images to the model's answers; what cannot be decoded goes aside.
 
     Args:
-        upright: the picture's own.
-        resize: the bundle's, if it has one.
-        longest: the tile size.
+        encoded: images of one fragment, in plan order.
+        line: the run's line.
+        resize: the bundle's `input.resize`.
+        predict: the model.
+        aside: takes the images that are none.
+        clock: books the seconds.
     """
-    if resize is not None:
-        return resize
-    share = min(1.0, longest / max(upright))
-    return max(1, round(upright[0] * share)), max(1, round(upright[1] * share))
-
-
-def scaled(values_HWC: Array, size: Size) -> Array:
-    """The same picture at another size, of the same type."""
-    if values_HWC.shape[:2] == size:
-        return values_HWC
-    values = values_HWC[..., 0] if values_HWC.shape[2] == 1 else values_HWC
-    deep = values.dtype == np.uint16  # Pillow filters them as floats
-    image = Image.fromarray(values.astype(np.float32) if deep else values)
-    made = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    made = np.rint(made).astype(np.uint16) if deep else made
-    return made.reshape(*size, values_HWC.shape[2])
+    tiles = clock.over("decode", _scaled(encoded, line, aside, resize, clock))
+    window = line.config.batch.window_mb * 1024**2
+    batches = pack(tiles, line.ledger.budget, window, line.grid.align)
+    return clock.over("predict", predict(batches))
 
 
 def _scaled(

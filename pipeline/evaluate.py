@@ -32,6 +32,7 @@ from pipeline.labels import (
     fragments,
     in_order,
     open_labelled,
+    refuse_other_task,
 )
 from pipeline.ontology import Ontology
 from pipeline.place import Found
@@ -146,6 +147,7 @@ def evaluate(
     asked = pinned(_as_run(config, labelled), None)
     bundle = read_bundle(asked.model)
     card = read_card(asked, bundle)
+    refuse_other_task(asked.model, card.task, labelled)
     _refuse_strangers(asked.model, card, labelled.ontology)
     labelled = labelled if labelled.sha256 else check(labelled)
     make = partial(_scorer, bundle, labelled.loader, config.border)
@@ -155,6 +157,7 @@ def evaluate(
     scored = list(_watched(begun.scored, len(labelled.items), config))
     about = About(
         asked.model,
+        card.task,
         card.sha256,
         labelled.name,
         split,
@@ -265,8 +268,6 @@ def _as_run(config: EvaluateConfig, labelled: LabelledSet) -> SegmentConfig:
 
 def _refuse_strangers(model: str, card: Bundle, ontology: Ontology) -> None:
     """Refuse a model that does not tell apart what the labels do."""
-    if card.task != "segment":
-        raise RunRefused(f"{model} is a classifier and makes no masks to be compared")
     mine, theirs = [entry.name for entry in card.classes], ontology.names
     if set(mine) == set(theirs):
         return

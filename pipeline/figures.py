@@ -22,6 +22,8 @@ class About:
     """What was measured, and where."""
 
     model: str
+    task: str
+    """`segment`; `classify`: then what is counted below are pictures, not pixels."""
     bundle: str
     """Its hash."""
     data: str

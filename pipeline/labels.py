@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -39,21 +39,25 @@ from pipeline.storage import Store, open_store
 THREADS = 8  # fragments of labelled pictures that are checked at the same time
 SMALLEST, PARTS = 16, 64  # a fragment holds clamp(N / 64, 16, fragment.images) pictures, as a run's
 
+Task = Literal["segment", "classify"]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledItem:
-    """A picture and where its mask lies."""
+    """A picture and where its mask lies, or which class it has."""
 
     key: str
     """The key a run over the same pictures gives it, or the table's own."""
     image: PlannedImage
-    mask: PlannedImage
+    mask: PlannedImage | None
+    """None: the whole picture has a class."""
     split: str | None
     """None: in no split, though others are."""
     stratum: str | None
+    label: str = ""
+    """The class of the whole picture; empty where it has a mask."""
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -75,7 +79,8 @@ class Loader:
         Returns:
             pixels_HWC, uint8 or uint16, upright; labels_HW, class indexes in the ontology's order,
             the largest value (255, or 65535) where there is nothing to learn: pixels of the ignored
-            id, and those where the picture holds no data.
+            id, and those where the picture holds no data. A label of the whole picture is one
+            pixel, 1 x 1.
 
         Raises:
             ImageRejected: the picture cannot be read.
@@ -91,7 +96,7 @@ class Loader:
         pixels = decode(image.data, self.limits)
         (mask,) = self.encoded_masks([item], 1)
         labels_HW = self.labels(item, mask, (pixels.height, pixels.width))
-        if pixels.nodata_HW is not None:
+        if pixels.nodata_HW is not None and item.mask is not None:
             labels_HW[pixels.nodata_HW] = self.ontology.ignored
         return pixels.values_HWC, labels_HW
 
@@ -100,8 +105,12 @@ class Loader:
         yield from self._fetched(self.images, [item.image for item in items], threads, masks=False)
 
     def encoded_masks(self, items: Sequence[LabelledItem], threads: int) -> Iterator[EncodedImage]:
-        """Encoded masks, in order."""
-        yield from self._fetched(self.masks, [item.mask for item in items], threads, masks=True)
+        """Encoded masks, in order; of a whole picture's class, its name."""
+        masks = [item.mask for item in items if item.mask is not None]
+        found = self._fetched(self.masks, masks, threads, masks=True)
+        for item in items:
+            named = EncodedImage(item.image, item.label.encode("utf-8", "surrogateescape"))
+            yield named if item.mask is None else next(found)
 
     def _fetched(
         self, uri: str, wanted: list[PlannedImage], threads: int, *, masks: bool
@@ -120,7 +129,7 @@ class Loader:
                 yield from formats.load(name).fetch(store, list(group), threads, limit)
 
     def labels(self, item: LabelledItem, mask: EncodedImage, size: tuple[int, int]) -> Array:
-        """Class indexes of a mask.
+        """Class indexes of a mask; 1 x 1 of a whole picture's class.
 
         Args:
             item: whose it is.
@@ -130,6 +139,8 @@ class Loader:
         Raises:
             RunRefused: if it is none, or does not fit.
         """
+        if item.mask is None:
+            return self.ontology.indexes(np.array([[self.ontology.id_of(item.label)]], np.uint16))
         try:
             values_HW = read_mask(mask)
             labels_HW = self.ontology.indexes(values_HW)
@@ -226,6 +237,11 @@ class LabelledSet:
             raise RunRefused(f"{self.name} has no split {split!r}; it has: {there}")
         return self.among(item for item in self.items if item.split == split)
 
+    @property
+    def task(self) -> Task:
+        """What a model that learns from it does: ``segment``; ``classify`` whole pictures."""
+        return "classify" if any(item.mask is None for item in self.items) else "segment"
+
     def among(self, items: Iterable[LabelledItem]) -> "LabelledSet":
         """Some of the pictures: a set of its own, checked if this one is."""
         return replace(self, items=tuple(items))
@@ -255,20 +271,37 @@ def open_labelled(
     pile = pile_of(data)
     pairs = paired(pile, data)
     known = _ontology(pile, ontology, data)
+    labels = _labels(pile, known, data)
     split_of = splits_of([image for image, _ in pairs], pile.about, splits, data)
     stratum_of = strata_rule(pile.about, strata)
     items = tuple(
         LabelledItem(
             image.key,
             image.plan,
-            mask.plan,
+            None if mask is None else mask.plan,
             split_of.get(image.key),
             image.stratum or stratum_of(image.key),
+            labels.get(image.key, ""),
         )
         for image, mask in pairs
     )
     found = LabelledSet(items, known, Loader(pile.images_uri, pile.masks_uri, known), data)
     return check(found) if checked else found
+
+
+def _labels(pile: Pile, known: Ontology, data: str) -> dict[str, str]:
+    """The name of the class of each whole picture; nothing where there are masks."""
+    if pile.masks is not None:
+        return {}
+    problems, found = Problems(), dict[str, str]()
+    for piece in pile.images:
+        name = known.meant(piece.label or "")
+        if name is None:
+            problems.add("labels that are no class", f"{piece.label} of {piece.key}")
+        else:
+            found[piece.key] = name
+    problems.refuse(data, f" (there are {known.shown()})")
+    return found
 
 
 def _ontology(pile: Pile, given: str | None, data: str) -> Ontology:
@@ -284,10 +317,30 @@ def _ontology(pile: Pile, given: str | None, data: str) -> Ontology:
             return found
     if pile.ontology is None:
         raise RunRefused(
-            f"nothing says what the masks of {data} mean: put {ONTOLOGY} there or give --ontology, "
+            f"nothing says what the {'labels' if pile.masks is None else 'masks'} of {data} mean: "
+            f"put {ONTOLOGY} there or give --ontology, "
             '{"classes": [{"id": 0, "name": "road", "color": [128, 64, 128]}, ...]}'
         )
     return pile.ontology
+
+
+def refuse_other_task(model: str, task: Task, labelled: LabelledSet) -> None:
+    """Refuse a model that answers whole pictures where masks say what is true, or masks otherwise.
+
+    Raises:
+        RunRefused: naming both.
+    """
+    if task == labelled.task:
+        return
+    if task == "classify":
+        raise RunRefused(
+            f"{model} is a classifier, and {labelled.name} has masks; a classifier needs one label "
+            "a picture: labels.csv, a column `label`, or folders named as classes"
+        )
+    raise RunRefused(
+        f"{model} makes masks, and {labelled.name} has none: its labels are of whole pictures "
+        f"({labelled.ontology.shown()})"
+    )
 
 
 def hashed_share(key: str, share: float, salt: str) -> bool:
@@ -344,28 +397,33 @@ def _look(loader: Loader, items: Sequence[LabelledItem]) -> list[_Seen]:
 def _seen(loader: Loader, item: LabelledItem, image: EncodedImage, mask: EncodedImage) -> _Seen:
     parts = item.key, _digest(image.data), _digest(mask.data), item.split or ""
     line = "".join(f"{part}\n" for part in parts)
-    return _Seen(item.key, line, _trouble(loader, image, mask))
+    return _Seen(item.key, line, _trouble(loader, item, image, mask))
 
 
 def _digest(data: bytes | None) -> str:
     return "" if data is None else hashlib.sha256(data).hexdigest()
 
 
-def _trouble(loader: Loader, image: EncodedImage, mask: EncodedImage) -> tuple[str, str] | None:
-    name = mask.plan.key
-    try:
-        values_HW = read_mask(mask)
-    except ValueError as error:
-        return "masks that cannot be used", f"{name} {error}"
-    try:
-        loader.ontology.indexes(values_HW)
-    except ValueError as error:
-        return "masks with values that are no class", f"{name} {error}"
+def _trouble(
+    loader: Loader, item: LabelledItem, image: EncodedImage, mask: EncodedImage
+) -> tuple[str, str] | None:
+    name, values_HW = mask.plan.key, None
+    if item.mask is not None:
+        try:
+            values_HW = read_mask(mask)
+        except ValueError as error:
+            return "masks that cannot be used", f"{name} {error}"
+        try:
+            loader.ontology.indexes(values_HW)
+        except ValueError as error:
+            return "masks with values that are no class", f"{name} {error}"
     if image.data is None:
         if image.verdict is not None and image.verdict.reason == "too_large":
             return None  # rejected where it is used, as any picture beyond the limits
         reason = image.verdict.detail if image.verdict else "no bytes came"
         return "pictures that cannot be fetched", f"{image.plan.key} ({reason})"
+    if values_HW is None:
+        return None
     size = _upright_size(image.data, values_HW.shape, loader.limits)
     if size is not None and size != values_HW.shape:
         said = f"{name} is {_shown(values_HW.shape)}, its picture {_shown(size)}"

@@ -76,6 +76,16 @@ class Ontology:
             raise ValueError(f"holds {shown}")
         return index[values_HW]
 
+    def meant(self, label: str) -> str | None:
+        """The name of the class that a name or an id means; None: there is none."""
+        if label in self.names:
+            return label
+        return next((entry.name for entry in self.classes if str(entry.id) == label), None)
+
+    def id_of(self, name: str) -> int:
+        """The id of the class of this name."""
+        return next(entry.id for entry in self.classes if entry.name == name)
+
     def shown(self) -> str:
         """The values a mask may hold, in words."""
         some = ", ".join(f"{entry.id} {entry.name}" for entry in self.classes[:20])

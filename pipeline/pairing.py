@@ -1,4 +1,4 @@
-"""Where labelled pictures lie: three ways, and how a picture finds its mask.
+"""Where labelled pictures lie: three ways, and how a picture finds its mask or its class.
 
 folder   ``images/`` and ``masks/``: the same path but for the suffix
 shards   tar members ``NAME.jpg`` and ``NAME.mask.png`` (or ``NAME.seg.png``) of one shard (loose
@@ -7,14 +7,16 @@ shards   tar members ``NAME.jpg`` and ``NAME.mask.png`` (or ``NAME.seg.png``) of
 run      a finished run, and a folder of corrected masks ``KEY.png`` laid over it; a ``/`` of the
          key is a folder or written ``%2F``, which no key holds
 
+Where there are no masks at all, whole pictures may have a class (pipeline/whole_labels.py).
+
 Nothing is opened here but listings, headers of shards, and columns of text.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
@@ -26,10 +28,11 @@ from pipeline.ontology import Ontology, read_ontology
 from pipeline.reader import Run, open_run
 from pipeline.records import PlannedImage
 from pipeline.storage import Found, Store, open_store
+from pipeline.whole_labels import TABLE, Row, by_folder, table_of
 
 RUN = "run://"
 MASKS_OF_RUN = "?masks="
-NOTES = ("key", "split", "stratum")
+NOTES = ("key", "split", "stratum", "label")
 SHOWN = 10
 """Offenders that a refusal names."""
 SPLITS = {
@@ -48,6 +51,8 @@ class Piece:
     key: str
     split: str | None = None
     stratum: str | None = None
+    label: str | None = None
+    """Name or id of the whole picture's class; None: a mask says more, or nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,8 @@ class Pile:
     about: Store
     """Where ontology.json, split lists and strata.json may lie."""
     images: list[Piece]
-    masks: list[Piece]
+    masks: list[Piece] | None
+    """None: the pictures have a label each instead."""
     ontology: Ontology | None = None
     """Where the source itself says it."""
 
@@ -77,10 +83,17 @@ def pile_of(data: str) -> Pile:
     there = [_holds_anything(images), _holds_anything(masks)]
     if all(there):
         return _of_folders(store, images, masks)
+    found = _of_shards(store) if there != [False, True] else None
+    if found is not None:
+        return found
     if any(there):
         has, lacks = ("images", "masks") if there[0] else ("masks", "images")
         raise RunRefused(f"{store.uri} has {has}/ and no {lacks}/; labelled data needs both")
-    return _of_shards(store)
+    raise RunRefused(
+        f"there are no labelled pictures below {store.uri}: no images/ and masks/, no "
+        "NAME.mask.png beside NAME.jpg in a tar, no table with a column `mask`; for a classifier, "
+        f"no {TABLE}, no table with a column `label`, no folders named as classes"
+    )
 
 
 def _holds_anything(store: Store) -> bool:
@@ -136,8 +149,11 @@ def _planned(store: Store, place: int, found: Found, name: str, entry: Entry) ->
 # ------------------------------------------------------------------------------------------ shards
 
 
-def _of_shards(store: Store) -> Pile:
-    """Tar members and loose files by their endings, Parquet rows by their column."""
+def _of_shards(store: Store) -> Pile | None:
+    """Tar members and loose files by their endings, Parquet rows by their column; None: no labels.
+
+    What has no masks may have classes instead.
+    """
     images, masks = [], []
     rows: dict[str, _Rows] = {}
     for place, (found, name, entry) in enumerate(_walk(store, "auto")):
@@ -149,17 +165,15 @@ def _of_shards(store: Store) -> Pile:
                 rows[found.path] = _Rows.of(store, found)
             piece = rows[found.path].piece(plan, split)
             images.append(piece)
-            masks.append(piece)
+            if rows[found.path].masks:
+                masks.append(piece)
             continue
         mask = picture_of_mask(plan.key)
         piece = Piece(mask or without_suffix(plan.key), plan, plan.key, split)
         (masks if mask else images).append(piece)
-    if not masks:
-        raise RunRefused(
-            f"there are no labelled pictures below {store.uri}: no images/ and masks/, no "
-            "NAME.mask.png beside NAME.jpg in a tar, no table with a column `mask`"
-        )
-    return Pile(store.uri, store.uri, store, images, masks)
+    if masks:
+        return Pile(store.uri, store.uri, store, images, masks)
+    return _of_whole_pictures(store, images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +181,23 @@ class _Rows:
     """What a table says of its rows beside picture and mask."""
 
     notes: dict[str, list[str | None]]
+    masks: bool
+    """Whether it has any."""
 
     @classmethod
     def of(cls, store: Store, found: Found) -> "_Rows":
         try:
-            return cls(parquet.notes(store, found, NOTES))
+            return cls(*parquet.notes(store, found, NOTES))
         except ValueError as error:
             raise RunRefused(f"{printable(found.path)}: {error}") from error
 
     def piece(self, plan: PlannedImage, split: str | None) -> Piece:
         row = int(plan.member or 0)
-        key, own_split, stratum = (self.notes[n][row] if n in self.notes else None for n in NOTES)
+        said = (self.notes[n][row] if n in self.notes else None for n in NOTES)
+        key, own_split, stratum, label = said
         if key is not None and not key.isprintable():
             raise RunRefused(f"{plan.key}: its key {key!r} is not printable")
-        return Piece(plan.key, plan, key or plan.key, own_split or split, stratum)
+        return Piece(plan.key, plan, key or plan.key, own_split or split, stratum, label or None)
 
 
 def split_of_path(path: str) -> str | None:
@@ -190,6 +207,43 @@ def split_of_path(path: str) -> str | None:
         if word in SPLITS:
             return SPLITS[word]
     return None
+
+
+def _of_whole_pictures(store: Store, images: list[Piece]) -> Pile | None:
+    """Pictures with a class each, as labels.csv, a column or their folders say it."""
+    if (rows := table_of(store)) is not None:
+        images = list(_by_table(store, images, rows))
+    elif not any(piece.label for piece in images):
+        folders = by_folder((piece.key for piece in images), SPLITS)
+        if folders is None:
+            return None
+        images = [replace(piece, label=folders[piece.key]) for piece in images]
+    names = sorted({piece.label for piece in images if piece.label})
+    numbers = all(name.isdecimal() for name in names)
+    ontology = None
+    if not numbers and len(names) > 1:
+        ontology = read_ontology(json.dumps({"classes": names}).encode(), store.uri)
+    return Pile(store.uri, store.uri, store, images, None, ontology)
+
+
+def _by_table(store: Store, images: list[Piece], rows: dict[str, Row]) -> Iterator[Piece]:
+    """Pictures as labels.csv has them; those with an empty label are left out."""
+    problems, keys = Problems(), {piece.key for piece in images}
+    for key in rows.keys() - keys:
+        problems.add(f"keys in {TABLE} and nowhere else", key)
+    for piece in images:
+        if piece.key not in rows:
+            problems.add(f"pictures that {TABLE} does not name", piece.key)
+    problems.refuse(store.uri)
+    for piece in images:
+        said = {name: text or None for name, text in rows[piece.key].items()}
+        if said["label"] is not None:
+            yield replace(
+                piece,
+                label=said["label"],
+                split=said.get("split") or piece.split,
+                stratum=said.get("stratum") or piece.stratum,
+            )
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -272,25 +326,34 @@ class Problems:
         raise RunRefused(f"{what} cannot be used as labelled data: {'; '.join(parts)}{hint}")
 
 
-def paired(pile: Pile, what: str) -> list[tuple[Piece, Piece]]:
-    """Pictures with their masks, in the order in which the pictures lie.
+def paired(pile: Pile, what: str) -> list[tuple[Piece, Piece | None]]:
+    """Pictures with their masks, or alone if they have classes, in the order in which they lie.
 
     Raises:
         RunRefused: where one lacks the other, or two have one name.
     """
     problems = Problems()
+    if pile.masks is None:
+        _refuse_twice(pile.images, problems)
+        for piece in (piece for piece in pile.images if not piece.label):
+            problems.add("pictures without a label", piece.key)
+        problems.refuse(what)
+        return [(piece, None) for piece in pile.images]
     images = _by_name(pile.images, "pictures of one name", problems)
     masks = _by_name(pile.masks, "masks of one name", problems)
-    keys = Counter(piece.key for piece in images.values())
     for name in (name for name in images if name not in masks):
         problems.add("pictures without a mask", images[name].key)
     for name in (name for name in masks if name not in images):
         problems.add("masks without a picture", masks[name].plan.key)
-    for key, count in keys.items():
-        if count > 1:
-            problems.add("keys that occur twice", key)
+    _refuse_twice(images.values(), problems)
     problems.refuse(what)
     return [(images[name], masks[name]) for name in images]
+
+
+def _refuse_twice(pieces: Iterable[Piece], problems: Problems) -> None:
+    for key, count in Counter(piece.key for piece in pieces).items():
+        if count > 1:
+            problems.add("keys that occur twice", key)
 
 
 def _by_name(pieces: list[Piece], kind: str, problems: Problems) -> dict[str, Piece]:

@@ -35,6 +35,9 @@ class Shown:
         cls, title: str, pixels_HWC: Array, labels_HW: Array, answers_HW: Array, ontology: Ontology
     ) -> "Shown":
         """The picture, its labels and answers (class indexes), and where they differ."""
+        if labels_HW.size == 1:  # of the whole picture: a colour tells less than its name
+            names = ontology.names
+            title += f"  is {names[labels_HW.item()]}, called {names[answers_HW.item()]}"
         classes = _classes(ontology)
         masks = (overview.painted(mask_HW, classes) for mask_HW in (labels_HW, answers_HW))
         panels = (*masks, errors(labels_HW, answers_HW, ontology.ignored))

@@ -1,7 +1,8 @@
 """Labelled pictures through the same legs as any run (run.py), and a comparison at the end.
 
 What is measured is what runs: the same decoding, tiles, batches and stitching. A picture's mask is
-compared with its labels and forgotten; what is left of it is a row of counts.
+compared with its labels and forgotten; what is left of it is a row of counts. A whole picture that
+has a class counts as one pixel of it.
 
 Shapes: H, W of the upright picture; K classes in the ontology's order.
 """
@@ -12,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
 from models.training.scores import Boundary, Calibration, Confusion
 from pipeline.batch import Batch
+from pipeline.classify import classified
 from pipeline.clock import Clock
 from pipeline.config import SegmentConfig
 from pipeline.infer import Segmenter
@@ -46,13 +49,20 @@ class Answered:
     item: LabelledItem
     picture: Picture
     labels_HW: Array
-    """Class indexes; the ontology's `ignored` where nothing is to be found."""
+    """Class indexes; the ontology's `ignored` where nothing is to be found. 1 x 1: the class of the
+    whole picture."""
     answers_HW: Array
     """Of the same kind."""
     sure_HW: Array
     """Confidence, uint8."""
     seconds: float
     """Of the model: of one core, or of the GPU."""
+
+    @property
+    def pixels(self) -> int:
+        """Of the upright picture."""
+        upright = self.picture.upright or (self.picture.pixels.height, self.picture.pixels.width)
+        return upright[0] * upright[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +106,7 @@ class Scorer:
             own = self._confusion()
             own.add(answered.labels_HW, answered.answers_HW)
             together.counts_KK += own.counts_KK
-            pixels += answered.labels_HW.size
+            pixels += answered.pixels
             rows.append(self._row(answered, own))
         self._segmenter.between_fragments()
         keys = {item.image.image_id: item.key for item in items}
@@ -138,11 +148,42 @@ class Scorer:
         masks = list(clock.over("load", self._loader.encoded_masks(items, threads)))
         known = {one[0].image.image_id: one for one in zip(items, masks, strict=True)}
         timed = _Timed(self._segmenter, self._turn)
+        if self._segmenter.bundle.task == "classify":
+            yield from self._classes(encoded, known, timed, aside, clock)
+            return
         pictures = decoded(encoded, line, aside, line.ledger.layout.slots, clock)
         strips = masked(pictures, line, timed.predict, timed.finish, clock)
         for picture, rows in _whole(strips, aside):
             seconds = timed.seconds.pop(picture.plan.image_id)
             yield self._answered(*known[picture.plan.image_id], picture, rows, seconds)
+
+    def _classes(
+        self,
+        encoded: list[EncodedImage],
+        known: dict[int, tuple[LabelledItem, EncodedImage]],
+        timed: "_Timed",
+        aside: list[RejectedImage],
+        clock: Clock,
+    ) -> Iterator[Answered]:
+        """The same, of a classifier."""
+        resize = self._segmenter.bundle.input.resize
+        ids = [entry.id for entry in self._segmenter.bundle.classes]
+        predict = partial(timed.predict, confidence=False)
+        for answer in classified(encoded, self._line, resize, predict, aside, clock):
+            picture = answer.tile.picture
+            if answer.probabilities_K is None:
+                aside.append(_too_large(picture, answer.failure))
+                continue
+            item, mask = known[picture.plan.image_id]
+            best = int(answer.probabilities_K.argmax())
+            yield Answered(
+                item,
+                picture,
+                self._loader.labels(item, mask, (1, 1)),
+                self._place[[[ids[best]]]],
+                np.rint(255 * answer.probabilities_K[best]).astype(np.uint8).reshape(1, 1),
+                timed.seconds.pop(picture.plan.image_id),
+            )
 
     def _answered(
         self,
@@ -181,7 +222,7 @@ class Scorer:
             "bin_confidence": sure_L,
             "bin_correct": right_L,
             "seconds": answered.seconds,
-            "pixels": labels_HW.size,
+            "pixels": answered.pixels,
             "boundary_labelled": border.labelled_K,
             "boundary_found": border.found_K,
             "boundary_answered": border.answered_K,
@@ -223,12 +264,16 @@ def _whole(
         if strip.rows is None:
             failed.add(image_id)
             parts.pop(image_id, None)
-            verdict = Verdict("predict", "too_large", strip.failure or "")
-            aside.append(RejectedImage(picture.plan, verdict, picture.input_bytes, picture.sha256))
+            aside.append(_too_large(picture, strip.failure))
             continue
         parts[image_id].append(strip.rows)
         if strip.last:
             yield picture, parts.pop(image_id)
+
+
+def _too_large(picture: Picture, failure: str | None) -> RejectedImage:
+    verdict = Verdict("predict", "too_large", failure or "")
+    return RejectedImage(picture.plan, verdict, picture.input_bytes, picture.sha256)
 
 
 class _Timed:

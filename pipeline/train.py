@@ -92,7 +92,7 @@ def train(
     trackers.expect(config.tensorboard, config.mlflow, config.name)
     labelled = labelled or opened(config)
     learnt, look = roles(config, labelled)
-    start = start_of(config, labelled.ontology)
+    start = start_of(config, labelled)
     recipe = recipe_of(config, start.card, labelled.ontology)
     parts_of(config, recipe)
     identity = identity_of(config, learnt, look, start, recipe)

@@ -143,7 +143,7 @@ def _made(
         yield {
             "step": np.array([part.step]),
             "pixels": part.pixels_BhwC[None],
-            "labels": part.labels_Bhw[None],
+            "labels": part.labels[None],
             "rejected": np.array(["\x1f".join("\x1e".join(one) for one in part.rejected)]),
         }
 

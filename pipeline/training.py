@@ -201,7 +201,7 @@ def _batches(
             raise RuntimeError(f"a part of step {part.step} came in step {begin + place // mine}")
         for about in part.rejected:
             patiently(partial(reject, store, *about))
-        yield batch_of(part.pixels_BhwC, part.labels_Bhw, job.train.recipe)
+        yield batch_of(part.pixels_BhwC, part.labels, job.train.recipe)
 
 
 def _look(job: Work, team: Team, fit: Fit) -> float:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import yaml
 
 import models
-from models import Bundle, InputInfo, TileInfo
+from models import Bundle, InputInfo
 from models.parts.configs import did_you_mean
 from models.training.balance import ClassCounts
 from models.training.recipes import NAMED, Recipe
@@ -28,6 +29,7 @@ from pipeline.labels import (
     in_order,
     open_labelled,
     read_mask,
+    refuse_other_task,
 )
 from pipeline.ontology import Ontology
 from pipeline.registry import resolve
@@ -35,13 +37,12 @@ from pipeline.splits import ALL, given_file
 from pipeline.storage import Store, open_store
 from pipeline.train_config import TrainConfig, Training
 from pipeline.training import Work, steps_of
-from pipeline.trainset import TrainSet
+from pipeline.trainset import CARD_TILE, TrainSet
 from pipeline.versions import parse
 
 HELD_OUT = 0.1  # share of the pictures that is held out where nobody says which
 LOOKS = 20  # at the pictures held out, in a training
 COUNTERS = 8  # threads that read masks to count their classes
-CARD_TILE = TileInfo(size=1024, overlap=128)  # as the demo bundle: what fits a small GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,14 @@ def _held_out(config: TrainConfig, labelled: LabelledSet, pool: LabelledSet) -> 
     return list(found.values())
 
 
-def start_of(config: TrainConfig, ontology: Ontology) -> Start:
+def start_of(config: TrainConfig, labelled: LabelledSet) -> Start:
     """An architecture, or a bundle to go on from."""
+    start = _start_of(config, labelled.ontology)
+    refuse_other_task(config.model, start.card.task, labelled)
+    return start
+
+
+def _start_of(config: TrainConfig, ontology: Ontology) -> Start:
     name, _, variant = config.model.partition(":")
     if name in models.names() or (config.architecture and name == config.architecture):
         return Start(_card(name, variant, _changes(config)["model"], ontology))
@@ -141,10 +148,6 @@ def _card(name: str, variant: str, options: dict[str, Any], ontology: Ontology) 
         net = models.build(name, **{**options, "classes": len(ontology.classes)})
     except (ValueError, TypeError) as error:
         raise RunRefused(f"--model {name}: {error}") from error
-    if net.task != "segment":
-        raise RunRefused(
-            f"--model {name} is a classifier; `train` learns masks, choose a segmenter"
-        )
     channels = net.config.channels
     return Bundle(
         architecture=name,
@@ -154,6 +157,7 @@ def _card(name: str, variant: str, options: dict[str, Any], ontology: Ontology) 
         stride=net.stride,
         receptive_field=net.receptive_field,
         tile=CARD_TILE,
+        task=net.task,
         ignore_id=ontology.ignore_id,
         provenance={},
         metrics={},
@@ -161,8 +165,6 @@ def _card(name: str, variant: str, options: dict[str, Any], ontology: Ontology) 
 
 
 def _refuse_others(config: TrainConfig, card: Bundle, ontology: Ontology) -> None:
-    if card.task != "segment":
-        raise RunRefused(f"--model {config.model} is a classifier; `train` learns masks")
     if card.architecture == "onnx":
         raise RunRefused(f"--model {config.model} is ONNX, which only predicts; train its source")
     mine, theirs = {entry.name for entry in card.classes}, set(ontology.names)
@@ -245,6 +247,8 @@ def recipe_of(config: TrainConfig, card: Bundle, ontology: Ontology) -> Recipe:
         raise RunRefused(f"--recipe {config.recipe}: {error}") from error
     if card.weights_sha256:  # it exists, and reads pixels as it always did
         recipe = replace(recipe, mean=card.input.mean, std=card.input.std)
+        if card.input.resize is not None:
+            recipe = replace(recipe, augment=replace(recipe.augment, size=card.input.resize))
     _refuse_unfit(recipe, card)
     return replace(recipe, ignore_id=ontology.ignored)
 
@@ -261,6 +265,11 @@ def _refuse_unfit(recipe: Recipe, card: Bundle) -> None:
         raise RunRefused(
             f"loss.class_weights are {len(weights)} numbers for {len(card.classes)} classes; "
             "try --set loss.class_weights=median_frequency"
+        )
+    if card.task == "classify" and (recipe.loss.dice or recipe.loss.lovasz):
+        raise RunRefused(
+            "loss.dice and loss.lovasz are of masks; --set loss.dice=0 --set loss.lovasz=0 for a "
+            "classifier"
         )
 
 
@@ -308,6 +317,10 @@ def balanced(recipe: Recipe, learnt: LabelledSet) -> Recipe:
     if recipe.loss.class_weights != "median_frequency":
         return recipe
     ontology = learnt.ontology
+    if learnt.task == "classify":  # one picture of so many pixels: frequencies of all labels
+        counts = ClassCounts(len(ontology.classes), ontology.ignored)
+        counts.add(np.array([ontology.names.index(item.label) for item in learnt.items]))
+        return recipe.balanced(counts)
 
     def counted(items: list[LabelledItem]) -> ClassCounts:
         counts = ClassCounts(len(ontology.classes), ontology.ignored)
@@ -349,7 +362,7 @@ def job_of(
     card = replace(
         start.card,
         classes=start.card.classes,
-        input=replace(start.card.input, mean=mean, std=std),
+        input=replace(start.card.input, mean=mean, std=std, resize=_resize(start, recipe)),
         provenance={"recipe": recipe.to_json(), "training": store.uri.rpartition("/")[2]},
         metrics={},
         weights_sha256="",
@@ -367,6 +380,12 @@ def job_of(
         every=config.every or max(1, steps_of(recipe, len(learnt.items)) // LOOKS),
         threads=config.threads,
     )
+
+
+def _resize(start: Start, recipe: Recipe) -> tuple[int, int] | None:
+    """A classifier reads pictures, ever after, at the size at which it was trained."""
+    new = start.card.task == "classify" and start.parent is None
+    return recipe.augment.size if new else start.card.input.resize
 
 
 def _asked(config: TrainConfig, labelled: LabelledSet) -> SegmentConfig:

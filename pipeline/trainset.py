@@ -4,6 +4,9 @@ Which pictures a step sees, and how each is cut, turned and coloured, follows fr
 step alone. So a part can be made anywhere, in any order and again, and a training that is taken up
 needs no state of its data.
 
+A classifier is shown whole pictures at the size at which it reads them (pipeline/scaling.py), and
+windows of these.
+
 Shapes: B pictures of a part, H, W of the upright picture, h, w of what is shown, C channels.
 """
 
@@ -14,14 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models import Bundle, InputInfo
+from models import Bundle, InputInfo, TileInfo
 from models.training.augment import drawing
 from models.training.recipes import Recipe
 from pipeline.errors import ImageRejected
 from pipeline.labels import LabelledItem, Loader
 from pipeline.patience import patiently
 from pipeline.records import Array
+from pipeline.scaling import scaled, size_read
 
+CARD_TILE = TileInfo(size=1024, overlap=128)  # as the demo bundle: what fits a small GPU
 ORDER, VIEW = 1, 2  # what is drawn: the order of an epoch, how a picture is seen
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601-2, as inference reads colour as gray (infer.py)."""
@@ -34,8 +39,9 @@ class Part(NamedTuple):
     """Counted from 0."""
     pixels_BhwC: Array
     """uint8."""
-    labels_Bhw: Array
-    """Places among the model's scores; the recipe's ignore_id where there is nothing to learn."""
+    labels: Array
+    """Bhw, or B for a classifier: places among the model's scores; the recipe's ignore_id where
+    there is nothing to learn."""
     rejected: tuple[tuple[str, str, str, str], ...]
     """Key, station, reason and detail of pictures that cannot be read: blank, nothing to learn."""
 
@@ -51,6 +57,8 @@ class TrainSet:
     """What the model reads."""
     place: tuple[int, ...]
     """Place among the scores of each class of the ontology."""
+    longest: int | None = None
+    """Of a classifier: the longer side, in pixels, of what it reads at most."""
 
     @classmethod
     def of(
@@ -59,7 +67,9 @@ class TrainSet:
         """The pictures for the model of a card, whose classes have the ontology's names."""
         names = [entry.name for entry in card.classes]
         place = tuple(names.index(name) for name in loader.ontology.names)
-        return cls(items, loader, recipe, card.input, place)
+        tile = card.tile or CARD_TILE
+        longest = tile.size if card.task == "classify" else None
+        return cls(items, loader, recipe, card.input, place, longest)
 
     def part(self, step: int, slot: int, parts: int) -> Part:
         """One of the parts of a step.
@@ -84,12 +94,19 @@ class TrainSet:
             values_HWC, indexes_HW = patiently(lambda: self.loader.load(item))
         except ImageRejected as error:
             blank = np.zeros((*recipe.augment.size, self.about.channels), np.uint8)
-            void = np.full(recipe.augment.size, recipe.ignore_id, self.loader.ontology.dtype)
+            size = recipe.augment.size if self.longest is None else ()
+            void = np.full(size, recipe.ignore_id, self.loader.ontology.dtype)
             return blank, void, (item.key, error.station, error.reason, error.detail)
         draws = drawing(recipe.seed, VIEW, position)
-        pixels_HWC = as_read(values_HWC, self.about)
         labels_HW = self._table[indexes_HW]
-        return *recipe.augment(pixels_HWC, labels_HW, draws, recipe.ignore_id), None
+        if self.longest is None:
+            pixels_HWC = as_read(values_HWC, self.about)
+            return *recipe.augment(pixels_HWC, labels_HW, draws, recipe.ignore_id), None
+        size = size_read(values_HWC.shape[:2], self.about.resize, self.longest)
+        pixels_HWC = as_read(scaled(values_HWC, size), self.about)
+        nothing_HW = np.zeros(size, np.uint8)
+        pixels_hwC, _ = recipe.augment(pixels_HWC, nothing_HW, draws, recipe.ignore_id)
+        return pixels_hwC, labels_HW[0, 0], None
 
     @property
     def _table(self) -> Array:

@@ -51,6 +51,34 @@ def add(place: Path, numbers: Iterable[int], *, shuffled: bool = False) -> None:
         (place / "masks" / f"{number:04}.png").write_bytes(encoded(mask_HW, "PNG"))
 
 
+VIT = (
+    *("--model", "vit_classifier", "--set", "model.channels=3", "--set", "model.image=[32,32]"),
+    *("--set", "model.patch=8", "--set", "model.width=16", "--set", "model.depth=1"),
+)
+CLASSIFIES = (*VIT, *RECIPE)
+"""After the data and a registry: a classifier, trained for as many steps."""
+LEARNS_CLASSES = ("--set", "length=40", "--set", "rate.peak=0.01", "--set", "average=0.5")
+"""After `CLASSIFIES`: half a second later it tells bright pictures from dark ones."""
+
+
+def whole_pictures(numbers: Iterable[int]) -> dict[str, tuple[str, bytes]]:
+    """Dark pictures with bright blobs and bright ones with dark blobs: class and PNG by name."""
+    found = {}
+    for number in numbers:
+        pixels_HWC = blobs(40 + number % 3, 48, seed=number)
+        name, shown = ("bright", 255 - pixels_HWC) if number % 2 else ("dark", pixels_HWC)
+        found[f"{number:04}.png"] = name, encoded(shown, "PNG")
+    return found
+
+
+def class_folders(place: Path, pictures: int) -> Path:
+    """So many pictures in the folders of their classes."""
+    for key, (name, data) in whole_pictures(range(pictures)).items():
+        (place / name).mkdir(parents=True, exist_ok=True)
+        (place / name / key).write_bytes(data)
+    return place
+
+
 @contextmanager
 def quickly() -> Iterator[None]:
     """Look for a pixel budget with pictures as small as ours: at full size that costs a third."""

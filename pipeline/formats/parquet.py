@@ -5,7 +5,7 @@ type: ``image``, ``img``, ``image_bytes``, ``bytes``, ``content``, ``data``, ``j
 also the ``bytes`` leaf of a struct (the Hugging Face layout ``image: {bytes, path}``); else the
 only binary column. A table without one is a single rejected row.
 
-A table of labelled pictures has a column ``mask`` beside it (pipeline/labels.py).
+A table of labelled pictures has a column ``mask`` beside it, or ``label`` (pipeline/labels.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +29,8 @@ COLUMNS = (
     "jpg", "jpeg", "png", "webp", "tif", "tiff", "picture", "photo",
 )  # fmt: skip
 MASKS = ("mask",)
+LABEL = "label"
+"""Of whole pictures; where there are masks, nothing is read there."""
 MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
 ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
 
@@ -65,18 +67,23 @@ def _refuse_too_many_rows(table: pq.ParquetFile) -> None:
         raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
 
 
-def notes(store: Store, found: Found, names: Sequence[str]) -> dict[str, list[str | None]]:
-    """The text columns of these names, as far as the table has them, in file order.
+def notes(
+    store: Store, found: Found, names: Sequence[str]
+) -> tuple[dict[str, list[str | None]], bool]:
+    """The columns of these names as text, as far as the table has them, and whether it has masks.
 
     Raises:
-        ValueError: it is no table, or has no column of masks.
+        ValueError: it is no table, or such a column holds neither text nor numbers.
     """
     try:
         table = pq.ParquetFile(Ranged(store, found.path, found.nbytes, found.etag))
-        _leaf(table, MASKS)
         there = [name for name in names if name in table.schema_arrow.names]
+        masks = LABEL not in there or any(name in table.schema_arrow.names for name in MASKS)
+        if masks:
+            _leaf(table, MASKS)
+            there = [name for name in there if name != LABEL]
         columns = table.read(columns=there, use_threads=False)
-        return {name: columns[name].cast(pa.string()).to_pylist() for name in there}
+        return {name: columns[name].cast(pa.string()).to_pylist() for name in there}, masks
     except StorageError:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -47,6 +47,18 @@ def test_two_workers_on_two_nodes_and_a_bucket_learn_what_one_process_learns(
     assert "made before" in trained(*words, "--out", there, *on_ray).out
 
 
+def test_workers_share_a_classifier_too(ray_two_nodes, tmp_path):
+    data = learning.class_folders(tmp_path / "data", 24)
+    words = [data, *learning.CLASSIFIES, "--name", "light"]
+    trained(*words, "--out", tmp_path / "alone")
+    on_ray = ("--on", ray_two_nodes.address, "--workers", 2, "--compute.workers", 1)
+    trained(*words, "--out", tmp_path / "shared", *on_ray)
+
+    alone, shared = (losses(open_store(str(tmp_path / name))) for name in ("alone", "shared"))
+
+    np.testing.assert_allclose(shared, alone, rtol=2e-4)
+
+
 def test_a_loss_that_is_no_number_ends_it_on_a_cluster_too(ray_two_nodes, tmp_path):
     data = learning.folder(tmp_path / "data", 12)
     diverging = ("--set", "rate.peak=1e3", "--set", "rate.warmup=12", "--every", "1")

@@ -38,7 +38,7 @@ def test_the_json_has_frozen_keys(data, tiny_bundle, capsys):
         "model_seconds_per_megapixel", "seconds_per_megapixel",
     }  # fmt: skip
     assert set(told["about"]) == {
-        "model", "bundle", "data", "split", "evalset", "ontology", "border", "on", "device",
+        "model", "task", "bundle", "data", "split", "evalset", "ontology", "border", "on", "device",
         "seconds",
     }  # fmt: skip
     assert set(told["classes"][0]) == {

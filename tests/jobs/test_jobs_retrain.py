@@ -226,7 +226,7 @@ def test_runs_without_a_common_picture_cannot_be_compared(second, tmp_path, tiny
     uniform(tmp_path / "in" / "others", 1)
     segment(tmp_path / "in", tmp_path / "run", tiny_bundle)
 
-    with pytest.raises(RunRefused, match="no masks of the same pictures"):
+    with pytest.raises(RunRefused, match="no pictures in common"):
         flips(f"{second.round.folder}/canaries/champion", str(tmp_path / "run"))
 
 

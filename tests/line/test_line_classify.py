@@ -15,11 +15,11 @@ from torch.nn.functional import interpolate
 
 import models
 from pipeline import open_run
-from pipeline.classify import scaled, size_read
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import EXIT_REJECTIONS, ImageRejected, RunRefused
 from pipeline.fragment import assemble, read_header
 from pipeline.ledger import Ledger
+from pipeline.scaling import scaled, size_read
 from pipeline.status import status
 from pipeline.storage import open_store
 from tests import archives

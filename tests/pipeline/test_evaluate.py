@@ -309,8 +309,8 @@ def test_a_model_of_other_classes_is_refused_with_both_sides(data, tmp_path):
     assert "knows debris" in said
 
 
-def test_a_classifier_is_refused(data, tiny_classifier):
-    assert "is a classifier" in refusal(tiny_classifier, data)
+def test_a_classifier_is_not_measured_by_masks(data, tiny_classifier):
+    assert "is a classifier, and" in refusal(tiny_classifier, data)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def whole(parts):
     return (
         {part.step for part in parts},
         np.concatenate([part.pixels_BhwC for part in parts]),
-        np.concatenate([part.labels_Bhw for part in parts]),
+        np.concatenate([part.labels for part in parts]),
     )
 
 
@@ -90,7 +90,7 @@ def test_a_part_is_the_same_wherever_and_whenever_it_is_made(made):
         assert one.rejected == other.rejected == ()
         assert one.pixels_BhwC.shape == (2, 32, 32, 3)
         assert one.pixels_BhwC.tobytes() == other.pixels_BhwC.tobytes()
-        assert one.labels_Bhw.tobytes() == other.labels_Bhw.tobytes()
+        assert one.labels.tobytes() == other.labels.tobytes()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -158,7 +158,7 @@ def test_a_picture_reaches_the_model_as_a_run_would_bring_it(tmp_path, kind, cha
     train = one_picture(tmp_path / "data", values_HWC, np.zeros(SIZE, np.uint8), card)
 
     part = train.part(0, 0, 1)
-    learnt_BCHW, _ = batch_of(part.pixels_BhwC, part.labels_Bhw, train.recipe)
+    learnt_BCHW, _ = batch_of(part.pixels_BhwC, part.labels, train.recipe)
     run_BCHW = segmenter._input((tile_of(values_HWC),), *SIZE)
 
     assert learnt_BCHW.shape == run_BCHW.shape == (1, channels, *SIZE)
@@ -202,8 +202,8 @@ def test_the_masks_classes_find_their_places_among_the_models_and_ignored_stays_
 
     rows = [0, 20, 39]
     assert [entry.name for entry in card.classes] == ["background", "nucleus"]
-    assert straight.labels_Bhw[0, rows, 5].tolist() == [1, 0, 255]
-    assert crossed.labels_Bhw[0, rows, 5].tolist() == [0, 1, 255]
+    assert straight.labels[0, rows, 5].tolist() == [1, 0, 255]
+    assert crossed.labels[0, rows, 5].tolist() == [0, 1, 255]
 
 
 def test_more_classes_than_8_bits_hold_stay_apart(tmp_path, card):
@@ -217,7 +217,7 @@ def test_more_classes_than_8_bits_hold_stay_apart(tmp_path, card):
     train = one_picture(
         tmp_path / "data", blobs(*SIZE, 1), mask_HW, many, ontology=str(tmp_path / "many.json")
     )
-    labels_HW = train.part(0, 0, 1).labels_Bhw[0]
+    labels_HW = train.part(0, 0, 1).labels[0]
 
     assert labels_HW[[0, 1, 2, 38, 39], 0].tolist() == [299, 290, 281, 0, 65_535]
 
@@ -235,5 +235,5 @@ def test_a_broken_picture_is_blank_teaches_nothing_and_is_told(tmp_path, card):
     assert detail
     blank = int(part.pixels_BhwC[0].any())  # the place of the broken one: not the bright one's
     assert not part.pixels_BhwC[blank].any()
-    assert (part.labels_Bhw[blank] == 255).all()
-    assert (part.labels_Bhw[1 - blank] == 0).all()
+    assert (part.labels[blank] == 255).all()
+    assert (part.labels[1 - blank] == 0).all()

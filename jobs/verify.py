@@ -49,6 +49,8 @@ def _as_text(findings: Findings) -> str:
     verdict = (
         f"{len(findings.problems)} problems" if findings.problems else "all is as the run says"
     )
+    if findings.debris:
+        verdict += f"; {findings.debris} half-written objects of killed writers, which nobody reads"
     if findings.pending:
         verdict += f"; {findings.pending} fragments are pending"
     return "\n".join([*lines, f"{checked}: {verdict}"]) + "\n"

@@ -44,15 +44,17 @@ from pipeline.ledger import Ledger
 from pipeline.listing import Listing
 from pipeline.overview import overview
 from pipeline.place import Place
-from pipeline.plan import Start, plan_round
+from pipeline.plan import REMOVED, Start, plan_round
 from pipeline.progress import Tally, facts, say, watched
 from pipeline.reader import Run
 from pipeline.receipt import receipt_of
 from pipeline.records import Task
 from pipeline.storage import Store, open_store
-from pipeline.tables import read_batches
+from pipeline.tables import open_table, read_batches
 
+IMAGES = "final/images.parquet"
 SHEET = "overview.png"
+ABANDONED_S = 3600.0  # what is being written for so long has lost its writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,16 @@ def _run_to_end(
     stale = tally.answered or ledger.store.stat(SHEET) is None  # or killed before it was drawn
     if stale and (sheet := overview(Run(ledger))) is not None:
         ledger.store.replace(SHEET, sheet)
+    _sweep(ledger.store)
     return Outcome(EXIT_REJECTIONS if counts.n_rejected else EXIT_DONE, counts, receipt)
+
+
+def _sweep(out: Store) -> None:
+    """Remove what killed writers left half-written. Old by the store's own clock alone."""
+    about = out.stat("receipt.json")
+    for found in out.unfinished():
+        if about is not None and found.mtime < about.mtime - ABANDONED_S:
+            out.delete(found.path)
 
 
 def _refuse_nesting(source: Store, out: Store) -> None:
@@ -222,7 +233,7 @@ def _run_missing(
 
 def _known(ledger: Ledger, config: SegmentConfig) -> Known:
     """The live images of the finished rounds."""
-    path, newest = "final/images.parquet", ledger.manifests()[-1]
+    path, newest = IMAGES, ledger.manifests()[-1]
 
     def rows(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         if round_of(ledger, path) != newest:
@@ -252,6 +263,7 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     if plan.empty:
         return False
     changes = plan.tally("change")
+    _refuse_removals(ledger, config, source, changes.get(REMOVED, 0))
     say(
         config.log,
         "round",
@@ -260,3 +272,15 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
     )
     ledger.add_round(first.round, *as_object(plan, listing))
     return True
+
+
+def _refuse_removals(ledger: Ledger, config: SegmentConfig, source: Store, removed: int) -> None:
+    """Most of an archive is seldom deleted; a disk that is not mounted looks as if it were."""
+    with ledger.plan_file(IMAGES) as file:
+        live = open_table(file).metadata.num_rows
+    if removed * 2 <= live or config.allow_removals:
+        return
+    raise RunRefused(
+        f"{removed} of {live} images are no longer in {source.uri}, and their masks would be "
+        "dropped; is it mounted, and is it all there? If it is so, say --allow-removals"
+    )

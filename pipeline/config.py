@@ -120,6 +120,8 @@ class SegmentConfig(_Knobs):
     """`files`, `webdataset` or `parquet`; auto: by content and name."""
     retry: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Try images again that were rejected for these reasons (a new round)."""
+    allow_removals: bool = False
+    """Let a round drop more than half of the images because they are no longer there."""
     dry_run: bool = False
     """Plan, count and check everything, then stop before writing anything."""
     layout: Literal["flat", "stacked"] = "flat"
@@ -167,9 +169,21 @@ class SegmentConfig(_Knobs):
     def identity(self) -> dict[str, Any]:
         """The knobs that decide what a run holds; a run folder belongs to one such set.
 
-        ``--on``, ``--limit``, ``--retry``, compute and logging may differ from call to call.
+        ``--on``, ``--limit``, ``--retry``, ``--allow-removals``, compute and logging may differ
+        from call to call.
         """
-        free = {"on", "out", "model", "limit", "retry", "dry_run", "log", "interval_s", "compute"}
+        free = {
+            "on",
+            "out",
+            "model",
+            "limit",
+            "retry",
+            "allow_removals",
+            "dry_run",
+            "log",
+            "interval_s",
+            "compute",
+        }
         return self.model_dump(mode="json", exclude=free)
 
 

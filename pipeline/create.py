@@ -22,6 +22,7 @@ from pipeline import registry
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.headers import probe
+from pipeline.keys import printable
 from pipeline.known import Known
 from pipeline.layout import N_SLOTS, Layout
 from pipeline.ledger import FORECAST, RUN, Ledger, frozen, now
@@ -146,7 +147,7 @@ def refuse_strangers(out: Store) -> None:
         return
     if stranger is not None and out.stat(RUN) is None:  # a driver may be a moment ahead of us
         raise RunRefused(
-            f"--out {out.uri} is not empty and holds no {RUN} (it has {stranger.path}); "
+            f"--out {out.uri} is not empty and holds no {RUN} (it has {printable(stranger.path)}); "
             "choose an empty folder"
         )
 

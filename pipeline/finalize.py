@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import RunUnfinished
 from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, Header
 from pipeline.layout import Layout
-from pipeline.ledger import Commit, Ledger, now
+from pipeline.ledger import FORMAT_VERSION, Commit, Ledger, now
 from pipeline.tables import WRITTEN, TableDamaged, in_our_words, open_table
 
 REJECTED = pa.schema(
@@ -134,7 +134,7 @@ def final_tables(ledger: Ledger, rounds: list[int]) -> tuple[dict[str, tuple[byt
 
 def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[str, Any]) -> None:
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "run_id": ledger.run["run_id"],
         "round": number,
         "finished": now(),

@@ -366,7 +366,7 @@ class Ledger:
         """Say which object it is that is damaged, and what to do."""
         try:
             yield
-        except (FragmentDamaged, TableDamaged) as error:
+        except (FragmentDamaged, TableDamaged, RunRefused) as error:
             raise type(error)(f"{self.store.uri}/{path}: {error}; {way_out}") from error
 
     # ------------------------------------------------------------------------------- what is final
@@ -377,8 +377,21 @@ class Ledger:
         return sorted(int(n[:-5]) for n in found if n.endswith(".json") and n[:-5].isdigit())
 
     def manifest(self, number: int) -> Json:
-        """One manifest."""
-        return json.loads(self.store.read(f"manifest/{number:03d}.json"))
+        """One manifest.
+
+        Raises:
+            RunRefused: it is of another format version.
+            ValueError: it is damaged.
+        """
+        path = f"manifest/{number:03d}.json"
+        said = json.loads(self.store.read(path))
+        found = said.get("format_version") if isinstance(said, dict) else FORMAT_VERSION
+        if isinstance(found, int) and found != FORMAT_VERSION:
+            raise RunRefused(
+                f"{self.store.uri}/{path} has format version {found}, this Maskfleet reads "
+                f"{FORMAT_VERSION}; use the version that wrote it"
+            )
+        return said
 
 
 def _digest(run: Json) -> str:

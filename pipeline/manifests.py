@@ -17,6 +17,7 @@ from pipeline.schedule import Spec
 RAY = "2.60.0"  # of the image; all nodes must agree on it
 GRACE_S = 60  # Kubernetes' 30 is too short for Ray to drain a node (RAY.md section 4.3)
 TOKEN_KEY = "auth_token"  # noqa: S105 - the key that KubeRay asks of a token's Secret
+TOKEN_FOLDER = "/var/run/secrets/maskfleet"  # noqa: S105 - where it is mounted
 ACCOUNT = "maskfleet"
 IMAGE = f"FILL-IN/maskfleet:ray-{RAY}"
 
@@ -47,10 +48,13 @@ def cronjob(uri: str, name: str, spec: Spec, image: str, address: str | None) ->
         "command": ["maskfleet", *_tick(uri, name, address), "--wait"],
     }
     if address is not None:
-        secret = {"secretKeyRef": {"name": f"{ACCOUNT}-ray-token", "key": TOKEN_KEY}}
+        # As a file: what stands in the environment of a process can be read beside it.
         container["env"] = [
             {"name": "RAY_AUTH_MODE", "value": "token"},
-            {"name": "RAY_AUTH_TOKEN", "valueFrom": secret},
+            {"name": "RAY_AUTH_TOKEN_PATH", "value": f"{TOKEN_FOLDER}/{TOKEN_KEY}"},
+        ]
+        container["volumeMounts"] = [
+            {"name": "ray-token", "mountPath": TOKEN_FOLDER, "readOnly": True}
         ]
     pod = {
         "serviceAccountName": ACCOUNT,
@@ -58,6 +62,9 @@ def cronjob(uri: str, name: str, spec: Spec, image: str, address: str | None) ->
         "terminationGracePeriodSeconds": GRACE_S,
         "containers": [container],
     }
+    if address is not None:
+        secret = {"secretName": f"{ACCOUNT}-ray-token", "defaultMode": 0o400}
+        pod["volumes"] = [{"name": "ray-token", "secret": secret}]
     token = (
         f"# And the cluster's token: a Secret {ACCOUNT}-ray-token with the key {TOKEN_KEY}.\n"
         if address is not None

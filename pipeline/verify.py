@@ -9,6 +9,7 @@ Nothing is repaired here: a damaged fragment is mended by deleting its object an
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import REASONS, StorageMissing
-from pipeline.finalize import final_tables, in_manifest
+from pipeline.finalize import final_schemas, final_tables, in_manifest
 from pipeline.fragment import (
     FragmentDamaged,
     Header,
@@ -28,17 +29,19 @@ from pipeline.fragment import (
     read_header,
     read_index,
 )
+from pipeline.keys import printable
 from pipeline.large import committed_region
 from pipeline.layout import (
     LEVELS,
+    MASKS,
     REGION,
     large_array_json,
     large_group_json,
 )
-from pipeline.ledger import CARD, WEIGHTS, Commit, Ledger
+from pipeline.ledger import CARD, FORECAST, RUN, WEIGHTS, Commit, Ledger
 from pipeline.plan import SCHEMA, fragments_table
 from pipeline.records import Array
-from pipeline.storage import ObjectUnreadable
+from pipeline.storage import PREFLIGHT, Found, ObjectUnreadable
 from pipeline.tables import read_table
 
 GONE = (StorageMissing, ObjectUnreadable)  # an object that is not there, or cannot be read any more
@@ -60,6 +63,8 @@ class Findings:
     objects: int
     images: int
     pixels: int
+    debris: int
+    """Objects that killed writers left half-written: not a fault, and nobody reads them."""
 
 
 def verify(ledger: Ledger) -> Findings:
@@ -70,11 +75,12 @@ def verify(ledger: Ledger) -> Findings:
         problems += list(_plans(ledger, plans))
     except (pa.ArrowException, OSError) as error:  # without a plan the rest means nothing
         problems.append(f"plan/: {', '.join(_unreadable(ledger))}: {error}")
-        return Findings(problems, 0, 0, 0, 0)
+        return Findings(problems, 0, 0, 0, 0, 0)
     problems += list(_array(ledger))
     planned = _by_fragment(plans)
     commits = ledger.commits()
-    problems += list(_strangers(ledger, commits, planned))
+    problems += list(_strangers(ledger, plans, planned))
+    debris = sum(1 for _ in _debris(ledger))
     known = [commits[f] for f in sorted(commits) if f in planned]
     images = pixels = 0
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="verify") as pool:
@@ -89,7 +95,7 @@ def verify(ledger: Ledger) -> Findings:
     pending = len(planned) - len(known)
     if not pending and not problems:
         problems += list(_final(ledger))
-    return Findings(problems, pending, len(known), images, pixels)
+    return Findings(problems, pending, len(known), images, pixels, debris)
 
 
 def _bundle(ledger: Ledger) -> Iterator[str]:
@@ -138,12 +144,43 @@ def _unreadable(ledger: Ledger) -> Iterator[str]:
 
 
 def _strangers(
-    ledger: Ledger, commits: dict[int, Commit], planned: dict[int, list[tuple[int, str]]]
+    ledger: Ledger, plans: dict[int, pa.Table], planned: dict[int, list[tuple[int, str]]]
 ) -> Iterator[str]:
-    expected = {commits[fragment].path for fragment in commits if fragment in planned}
-    for found in ledger.listed(ledger.layout.commits):
-        if found.path not in expected:
-            yield f"{found.path}: committed, but no plan asks for it"
+    """Objects that no run has, or that no plan asks for."""
+    layout = ledger.layout
+    ours = {RUN, FORECAST, CARD, WEIGHTS, "receipt.json", "overview.png", *ledger.array_files()}
+    ours |= {f"final/{name}.parquet" for name in final_schemas(layout)}
+    numbers = {
+        "round": plans.keys(),
+        "fragment": planned.keys(),
+        "image": {image_id for asked in planned.values() for image_id, _ in asked},
+    }
+    for path in (found.path for found in ledger.store.list()):
+        if path in ours or path.startswith(PREFLIGHT):
+            continue
+        if path.startswith(f"{layout.commits}/"):
+            if layout.fragment_at(path) not in planned:
+                yield f"{printable(path)}: committed, but no plan asks for it"
+            continue
+        match = _NUMBERED.match(path)
+        if match is None or match.lastgroup is None:
+            yield f"{printable(path)}: is no part of a run; who put it there?"
+        elif int(match[match.lastgroup]) not in numbers[match.lastgroup]:
+            yield f"{path}: there is no such {match.lastgroup}"
+
+
+_NUMBERED = re.compile(
+    r"(?:plan|manifest)/(?P<round>\d{3,})(?:\.fragments)?\.(?:parquet|json)$"
+    r"|attempts/(?P<fragment>\d+)/\d+$"
+    rf"|{MASKS}/large/(?P<image>\d+)/"
+)
+"""Objects that belong to a round, a fragment or an image, by its number."""
+
+
+def _debris(ledger: Ledger) -> Iterator[Found]:
+    """What killed writers left: parts of objects, and trial objects."""
+    yield from ledger.store.unfinished()
+    yield from (found for found in ledger.store.list() if found.path.startswith(PREFLIGHT))
 
 
 def _array(ledger: Ledger) -> Iterator[str]:
@@ -186,7 +223,7 @@ def _fragment(
         stats.setdefault(row["image_id"], {})[row["class_id"]] = row
     pixels = 0
     for row in header.images.to_pylist():
-        where = f"{commit.path}: image {row['image_id']} ({row['key']})"
+        where = f"{commit.path}: image {row['image_id']} ({printable(row['key'])})"
         if row["status"] == "done":
             problems += [
                 f"{where}: {text}"
@@ -218,9 +255,10 @@ def _tables(
     for row in header.images.select(["key", "status", "reason", "model_version"]).to_pylist():
         legal = {"done": (None,), "rejected": REASONS}.get(row["status"], ())
         if row["reason"] not in legal:
-            yield f"{commit.path}: {row['key']}: status {row['status']} with reason {row['reason']}"
+            said = f"status {row['status']} with reason {row['reason']}"
+            yield f"{commit.path}: {printable(row['key'])}: {said}"
         if row["model_version"] != ledger.model_version:
-            yield f"{commit.path}: {row['key']}: made by {row['model_version']}"
+            yield f"{commit.path}: {printable(row['key'])}: made by {row['model_version']}"
 
 
 def _predictions(ledger: Ledger, data: bytes, header: Header) -> Iterator[str]:
@@ -237,7 +275,7 @@ def _predictions(ledger: Ledger, data: bytes, header: Header) -> Iterator[str]:
         return
     answers = dict(zip(done, rows, strict=True))
     for image in images:
-        where = f"image {image['image_id']} ({image['key']})"
+        where = f"image {image['image_id']} ({printable(image['key'])})"
         if any(image[name] is not None for name in OF_MASKS):
             yield f"{where}: says where its mask lies, and there is none"
         if image["status"] == "done":
@@ -388,7 +426,7 @@ def _final(ledger: Ledger) -> Iterator[str]:
         return
     yield from (f"{place}: {key} is not what the fragments say" for key in wrong)
     twice = _twice(read_table(made["images"][0], ["key"]))
-    yield from (f"final/images.parquet: {key} has two live rows" for key in twice)
+    yield from (f"final/images.parquet: {printable(key)} has two live rows" for key in twice)
     for name, (fresh, _) in made.items():
         try:
             stored = ledger.store.read(f"final/{name}.parquet")

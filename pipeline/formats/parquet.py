@@ -32,7 +32,10 @@ MASKS = ("mask",)
 LABEL = "label"
 """Of whole pictures; where there are masks, nothing is read there."""
 MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
-ROWS = 64  # decoded at a time: bounds memory to so many images of one row group
+ROWS = 64  # decoded at a time, at most
+EXPANDED = 256 * 1024**2
+"""Bytes that rows decoded together may come to if each were all that their column holds: a
+dictionary of one value that every row repeats is a small file."""
 
 
 def index(store: Store, found: Found) -> Iterator[Entry]:
@@ -181,8 +184,11 @@ def _of_one_group(
     limit: int,
 ) -> Iterator[EncodedImage]:
     row = first
+    about = table.metadata.row_group(group)
+    most = max(1, about.column(_leaf_at(table, column)).total_uncompressed_size)
+    rows = min(ROWS, max(1, EXPANDED // most))
     for batch in table.iter_batches(
-        batch_size=ROWS, row_groups=[group], columns=[column], use_threads=False
+        batch_size=rows, row_groups=[group], columns=[column], use_threads=False
     ):
         values = batch.column(0)
         while pa.types.is_struct(values.type):
@@ -196,10 +202,14 @@ def _of_one_group(
             return
 
 
+def _leaf_at(table: pq.ParquetFile, path: str) -> int:
+    """The place of a leaf column."""
+    return next(i for i in range(len(table.schema.names)) if table.schema.column(i).path == path)
+
+
 def _encoded(image: PlannedImage, value: pa.Scalar, limit: int) -> EncodedImage:
     if not value.is_valid:
         return EncodedImage(image, None, Verdict("fetch", "empty", "the cell is null"))
-    data = value.as_py()
-    if len(data) > limit:
+    if value.as_buffer().size > limit:
         return EncodedImage(image, None, too_many_bytes(image, limit))
-    return EncodedImage(image, data)
+    return EncodedImage(image, value.as_py())

@@ -141,7 +141,7 @@ class LocalStore:
             _sync_folder(target.parent)
 
     def _written(self, folder: Path, data: bytes) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
+        _made(folder)
         made = folder / f"{PART}{secrets.token_hex(8)}"
         try:
             with made.open("xb") as file:
@@ -176,6 +176,20 @@ def _refuse_changed(file: BinaryIO, path: str, etag: str | None) -> None:
 
 def _etag(about: os.stat_result) -> str:
     return f"{about.st_mtime_ns:x}-{about.st_size:x}"
+
+
+def _made(folder: Path) -> None:
+    """Make a folder and those above it, each on the disk before something lies in it."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        _made(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:  # made meanwhile; or it is a file, and no place to write to
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(folder)) from None
+    _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -409,7 +409,7 @@ def test_json_logs_are_json_and_the_receipt_is_the_last_word(tmp_path, call):
 
 FLAGS = {
     "--out", "--model", "--architecture", "--on", "--limit", "--include", "--exclude", "--format",
-    "--retry",
+    "--retry", "--allow-removals", "--no-allow-removals",
     "--dry-run", "--no-dry-run", "--layout", "--size", "--confidence", "--no-confidence",
     "--slot-bytes", "--log", "--interval-s", "--help",
     "--fragment.bytes", "--fragment.images",

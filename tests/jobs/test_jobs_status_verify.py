@@ -90,7 +90,7 @@ def test_verify_names_what_is_wrong(runs, tmp_path, capsys):
 
     assert verify.main([str(run), "--json"]) == 4
     told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"problems", "pending", "objects", "images", "pixels"}
+    assert set(told) == {"problems", "pending", "objects", "images", "pixels", "debris"}
     assert len(told["problems"]) == 1
 
 

@@ -366,13 +366,28 @@ def test_a_round_that_only_removes_leaves_nothing_to_compute(tmp_path, tiny_bund
     assert problems(out) == []
 
 
+def test_most_of_an_archive_is_not_given_up_unless_somebody_says_so(tmp_path, tiny_bundle):
+    source, out = uniform(tmp_path / "in", 5), tmp_path / "out"
+    segment(source, out, tiny_bundle)
+    before = tree(out)
+    for path in sorted(source.iterdir())[:3]:
+        path.unlink()
+
+    with pytest.raises(RunRefused, match=r"3 of 5 images are no longer in .*--allow-removals"):
+        segment(source, out, tiny_bundle)
+    assert tree(out) == before
+    (source / "000.png").write_bytes(png(20, 20, 0))
+
+    assert segment(source, out, tiny_bundle).counts.planned == 3  # less than half may go
+
+
 def test_an_archive_that_is_empty_now_leaves_an_empty_table(tmp_path, tiny_bundle):
     source, out = uniform(tmp_path / "in", 2), tmp_path / "out"
     segment(source, out, tiny_bundle)
     for path in source.iterdir():
         path.unlink()
 
-    outcome = segment(source, out, tiny_bundle)
+    outcome = segment(source, out, tiny_bundle, allow_removals=True)
 
     assert (outcome.counts.planned, outcome.counts.done) == (0, 0)
     assert keys_of(out) == []

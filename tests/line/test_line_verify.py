@@ -15,6 +15,7 @@ from pipeline.fragment import assemble, compress, decompress, read_header, read_
 from pipeline.ledger import Ledger
 from pipeline.status import status
 from pipeline.storage import local, open_store
+from pipeline.verify import verify
 from tests.archives import copied, filled, png, problems, segment
 
 C = "masks.zarr/mask/c"
@@ -349,3 +350,33 @@ def test_status_of_a_damaged_run_is_an_answer_and_not_a_bug(run):
 
     with pytest.raises(MaskfleetError, match=f"{C}/1"):
         status(Ledger.open(open_store(str(run))))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("notes.txt", "is no part of a run"),
+        ("final/extra.parquet", "is no part of a run"),
+        ("masks.zarr/mask/c/99", "no plan asks for it"),
+        ("masks.zarr/large/99/0/c/0/0", "there is no such image"),
+        ("attempts/99/0", "there is no such fragment"),
+        ("manifest/007.json", "there is no such round"),
+    ],
+)
+def test_what_belongs_to_no_run_is_named(run, path, said):
+    filled(run, {path: b"{}"})
+
+    found(run, path, said)
+
+
+def test_what_killed_writers_left_is_counted_and_swept_once_it_is_old(finished, run):
+    old, young = run / "final/.tmp-old", run / "masks.zarr/.tmp-young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+
+    findings = verify(Ledger.open(open_store(str(run))))
+    assert (findings.problems, findings.debris) == ([], 2)
+    segment(finished.source, run, finished.model, slot_bytes=4096)
+
+    assert [old.exists(), young.exists()] == [False, True]

@@ -81,6 +81,7 @@ def test_a_config_cannot_be_changed():
 
 
 FREE = {
+    "allow_removals": True,
     "on": "local", "out": "/elsewhere", "model": "x", "limit": 5, "retry": ["corrupt"],
     "dry_run": True, "log": "json", "interval_s": 3.0, "compute": {"workers": 7, "device": "cpu"},
 }  # fmt: skip

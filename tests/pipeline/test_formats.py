@@ -2,9 +2,11 @@
 
 import io
 import struct
+import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,8 @@ from pipeline.listing import Listing, discover
 from pipeline.storage import LocalStore, ObjectUnreadable
 from tests.contracts.formats import PICTURES, FormatContract, ShardContract, fetched, planned
 from tests.pictures import parquet_of, tar_of
+
+ROOT = Path(__file__).parents[2]
 
 
 class TestFiles(FormatContract):
@@ -417,3 +421,33 @@ def test_an_image_that_cannot_be_read_any_more_is_unreadable(tmp_path, name):
     (answer,) = fetched(Locked(tmp_path), images)
 
     assert (answer.data, answer.verdict.reason) == (None, "unreadable")
+
+
+FETCHES = """
+import resource, sys
+from pathlib import Path
+from pipeline.formats import parquet
+from pipeline.storage import LocalStore
+from tests.contracts.formats import planned
+store = LocalStore(Path(sys.argv[1]))
+images = planned(store, "parquet")
+sizes = {len(one.data) for one in parquet.fetch(store, images, 1, limit=2**26)}
+print(len(images), *sizes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_one_large_value_that_all_rows_repeat_is_not_held_once_a_row(tmp_path):
+    value = bytes(40 * 1024**2)
+    column = pa.array([value], pa.binary()).dictionary_encode().take(pa.array([0] * 64))
+    table = pa.table({"image": pa.DictionaryArray.from_arrays(column.indices, column.dictionary)})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+
+    told = subprocess.run(
+        [sys.executable, "-c", FETCHES, tmp_path],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+    rows, size, peak_mb = map(int, told.stdout.split())
+    assert (rows, size) == (64, len(value))
+    assert peak_mb < 1200  # all at once are 2,560 and more

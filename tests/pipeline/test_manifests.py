@@ -19,7 +19,7 @@ BERLIN = spec("30 3 * * 1-5", zone="Europe/Berlin")
 # The fields of KubeRay's CRDs (ray.io/v1 of KubeRay 1.7) and of Kubernetes' that we may use; an API
 # server drops or refuses any other.
 POD = {"spec": {"serviceAccountName", "restartPolicy", "terminationGracePeriodSeconds",
-                "containers"}}  # fmt: skip
+                "containers", "volumes"}}  # fmt: skip
 RAY_JOB = {"entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes",
            "ttlSecondsAfterFinished", "rayClusterSpec", "runtimeEnvYAML", "clusterSelector",
            "activeDeadlineSeconds", "metadata", "submitterPodTemplate", "suspend"}  # fmt: skip
@@ -36,7 +36,7 @@ def pod_is_known(template: dict[str, Any]) -> dict[str, Any]:
     assert set(template["spec"]) <= POD["spec"]
     assert template["spec"]["terminationGracePeriodSeconds"] >= 60
     (container,) = template["spec"]["containers"]
-    assert set(container) <= {"name", "image", "command", "env", "resources"}
+    assert set(container) <= {"name", "image", "command", "env", "resources", "volumeMounts"}
     return container
 
 
@@ -78,9 +78,15 @@ def test_a_cronjob_ticks_and_has_the_token_from_a_secret(address):
     where = [] if address is None else ["--address", address]
     tick = ["maskfleet", "schedule", "tick", URI, NAME, *where, "--wait"]
     assert container["command"] == tick
-    secrets = [e["valueFrom"]["secretKeyRef"] for e in container.get("env", ()) if "valueFrom" in e]
-    assert bool(secrets) == (address is not None)
-    assert all(secret["key"] == "auth_token" for secret in secrets)
+    environment = {entry["name"]: entry["value"] for entry in container.get("env", ())}
+    volumes = job["template"]["spec"].get("volumes", [])
+    if address is None:
+        assert (environment, volumes) == ({}, [])
+        return
+    (mount,), (volume,) = container["volumeMounts"], volumes
+    assert environment["RAY_AUTH_TOKEN_PATH"] == f"{mount['mountPath']}/auth_token"
+    assert mount["name"] == volume["name"]
+    assert volume["secret"] == {"secretName": "maskfleet-ray-token", "defaultMode": 0o400}
 
 
 def test_names_are_fit_for_kubernetes_even_at_their_longest():

@@ -54,7 +54,7 @@ from pipeline.tables import open_table, read_batches
 
 IMAGES = "final/images.parquet"
 SHEET = "overview.png"
-ABANDONED_S = 3600.0  # what is being written for so long has lost its writer
+ABANDONED_S = 900.0  # what is being written for so long has lost its writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,8 @@ def _run_to_end(
     stale = tally.answered or ledger.store.stat(SHEET) is None  # or killed before it was drawn
     if stale and (sheet := overview(Run(ledger))) is not None:
         ledger.store.replace(SHEET, sheet)
-    _sweep(ledger.store)
+    if tally.answered:  # a call with nothing to do need not look at every folder
+        _sweep(ledger.store)
     return Outcome(EXIT_REJECTIONS if counts.n_rejected else EXIT_DONE, counts, receipt)
 
 

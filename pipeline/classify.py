@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.batch import Batch, pack
 from pipeline.clock import Clock
+from pipeline.decode import Reads
 from pipeline.line import Line
 from pipeline.measure import ClassifiedImage, RejectedImage
 from pipeline.pictures import ahead
@@ -76,8 +77,8 @@ def _scaled(
     clock: Clock,
 ) -> Iterator[Tile]:
     """Pictures as the model reads them, each one tile; what is none goes aside."""
-    change = partial(_read, resize=resize, longest=line.grid.size)
-    for one in ahead(encoded, line, aside, change, clock):
+    reads = partial(size_read, resize=resize, longest=line.grid.size)
+    for one in ahead(encoded, line, aside, partial(_read, reads), clock, reads):
         pixels, upright = one.pixels
         picture = Picture(
             one.plan, pixels, one.input_bytes, one.sha256,
@@ -86,9 +87,9 @@ def _scaled(
         yield Tile(picture, 0, 0, pixels.height, pixels.width)
 
 
-def _read(pixels: Pixels, resize: Size | None, longest: int) -> tuple[Pixels, Size]:
-    upright = pixels.height, pixels.width
-    return Pixels(scaled(pixels.values_HWC, size_read(upright, resize, longest)), None), upright
+def _read(reads: Reads, pixels: Pixels) -> tuple[Pixels, Size]:
+    upright = pixels.whole or (pixels.height, pixels.width)
+    return Pixels(scaled(pixels.values_HWC, reads(upright)), None), upright
 
 
 def _result(answer: TileAnswer) -> ClassifiedImage | RejectedImage:

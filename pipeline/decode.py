@@ -82,6 +82,7 @@ from pipeline.headers import (
     sniff,
 )
 from pipeline.records import Array, Pixels
+from pipeline.scaling import Size
 
 # Once for the process, because per call neither can be done safely in threads: our limits replace
 # Pillow's two, and what a decoder wants to say about a picture is said by its verdict.
@@ -104,6 +105,11 @@ class DecodeLimits:
     """Height times width."""
     max_side: int = 65_535
     """Height, and width."""
+
+
+Reads = Callable[[Size], Size]
+"""The size at which an upright picture of this one is read."""
+Decoder = Callable[[bytes, DecodeLimits, Reads | None], Pixels]
 
 
 # ------------------------------------------------------------------------------ what is let in
@@ -138,12 +144,14 @@ def _check_size(height: int, width: int, limits: DecodeLimits) -> None:
 # ---------------------------------------------------------------------------------- decoding
 
 
-def decode(data: bytes, limits: DecodeLimits) -> Pixels:
+def decode(data: bytes, limits: DecodeLimits, reads: Reads | None = None) -> Pixels:
     """Decode one picture by the rules above.
 
     Args:
         data: the whole file.
         limits: what is refused as too large.
+        reads: the size to which it will be scaled down. A JPEG much larger than that is decoded
+            smaller, by its own cosines: to a half, a quarter or less, yet twice that size at least.
 
     Returns:
         The upright picture.
@@ -160,7 +168,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     refusals = []
     for decoder in _DECODERS[kind]:
         try:
-            return decoder(data, limits)
+            return decoder(data, limits, reads)
         except (ImageRejected, MemoryError):
             raise
         except Exception as refusal:  # noqa: BLE001 Pillow alone has nine classes of refusal
@@ -202,31 +210,65 @@ def _tiff_directory(data: bytes) -> int:
     return int.from_bytes(data[4:8], "big" if data[:1] == b"M" else "little")
 
 
-def _by_simplejpeg(data: bytes, limits: DecodeLimits) -> Pixels:
+def _by_simplejpeg(data: bytes, limits: DecodeLimits, reads: Reads | None) -> Pixels:
     stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(data)
     height, width = int(stored_height), int(stored_width)
     _check_size(height, width, limits)
     if colours not in _SIMPLE_COLOURS:
         raise ValueError(f"{colours} is left to Pillow")
+    header = jpeg_header(data)
+    orientation = header.orientation if header else 1
     try:
-        values = simplejpeg.decode_jpeg(data, _SIMPLE_COLOURS[colours])
+        least = _least((height, width), orientation, reads)
+        values = simplejpeg.decode_jpeg(
+            data,
+            _SIMPLE_COLOURS[colours],
+            min_height=least[0],
+            min_width=least[1],
+            min_factor=1 if least == _ALL else 2,
+        )
     except ValueError as refusal:
         if _RAN_OUT in str(refusal):
             raise ImageRejected("decode", "corrupt", f"ValueError: {refusal}") from refusal
         raise
-    header = jpeg_header(data)
-    upright = _turned(values, header.orientation if header else 1)
+    upright = _turned(values, orientation)
     if height * width < _VIEW_FROM:
         upright = np.ascontiguousarray(upright)
-    return Pixels(upright, None)
+    if values.shape[:2] == (height, width):
+        return Pixels(upright, None)
+    return Pixels(
+        upright, None, (width, height) if orientation in _ON_ITS_SIDE else (height, width)
+    )
+
+
+def _least(stored: Size, orientation: int, reads: Reads | None) -> Size:
+    """What a JPEG must keep of its size, so that a triangle still has two pixels a side to weigh.
+
+    Twice the wanted size is what Pillow's `thumbnail` keeps, too (its `reducing_gap`).
+    """
+    if reads is None:
+        return _ALL
+    turned = orientation in _ON_ITS_SIDE
+    height, width = reads((stored[1], stored[0]) if turned else stored)
+    if turned:
+        height, width = width, height
+    least = GAP * height, GAP * width
+    if min(stored[0] / least[0], stored[1] / least[1]) < 2:
+        return _ALL
+    return least
+
+
+GAP = 2
+_ALL = (0, 0)  # no less than everything
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 
 
 _RAN_OUT = "premature end of data segment"  # Pillow would answer with gray for what is missing
 _SIMPLE_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 
 
-def _by_pillow(kind: str) -> Callable[[bytes, DecodeLimits], Pixels]:
-    def decoder(data: bytes, limits: DecodeLimits) -> Pixels:
+def _by_pillow(kind: str) -> Decoder:
+    def decoder(data: bytes, limits: DecodeLimits, _: Reads | None) -> Pixels:
         with Image.open(BytesIO(data), formats=[kind]) as image:
             _check_size(image.height, image.width, limits)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -257,7 +299,7 @@ def _exif(image: Image.Image) -> bytes:
         return b""
 
 
-def _by_tifffile(data: bytes, limits: DecodeLimits) -> Pixels:
+def _by_tifffile(data: bytes, limits: DecodeLimits, _: Reads | None) -> Pixels:
     import tifffile  # 0.2 s, and only a TIFF that Pillow refuses needs it
 
     with tifffile.TiffFile(BytesIO(data)) as tiff:
@@ -300,7 +342,7 @@ def _check_layout(page) -> None:  # noqa: ANN001 a tifffile.TiffPage, which is n
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # TIFF tags
 _LIBTIFF_CODECS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32809, 32946, 34676, 34677, 34925, 50000}
 
-_DECODERS: dict[str, tuple[Callable[[bytes, DecodeLimits], Pixels], ...]] = {
+_DECODERS: dict[str, tuple[Decoder, ...]] = {
     "JPEG": (_by_simplejpeg, _by_pillow("JPEG")),
     "PNG": (_by_pillow("PNG"),),
     "TIFF": (_by_pillow("TIFF"), _by_tifffile),

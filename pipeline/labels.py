@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline import formats
 from pipeline.config import Fragments
-from pipeline.decode import DecodeLimits, decode
+from pipeline.decode import DecodeLimits, Reads, decode
 from pipeline.errors import ImageRejected, Reason, RunRefused
 from pipeline.fetching import believed
 from pipeline.formats import parquet
@@ -33,6 +33,7 @@ from pipeline.ontology import NAME as ONTOLOGY
 from pipeline.ontology import Ontology, read_ontology
 from pipeline.pairing import Pile, Problems, paired, pile_of
 from pipeline.records import Array, EncodedImage, PlannedImage, Verdict
+from pipeline.scaling import scaled
 from pipeline.splits import DATASET, beside, given_file, splits_of, strata_rule
 from pipeline.storage import Store, open_store
 
@@ -73,8 +74,12 @@ class Loader:
     ontology: Ontology
     limits: DecodeLimits = field(default_factory=DecodeLimits)
 
-    def load(self, item: LabelledItem) -> tuple[Array, Array]:
+    def load(self, item: LabelledItem, reads: Reads | None = None) -> tuple[Array, Array]:
         """A picture and its labels.
+
+        Args:
+            item: which one.
+            reads: the size at which a classifier reads it: it comes scaled to that, as in a run.
 
         Returns:
             pixels_HWC, uint8 or uint16, upright; labels_HW, class indexes in the ontology's order,
@@ -93,11 +98,14 @@ class Loader:
         if image.data is None:
             verdict = image.verdict or Verdict("fetch", "unreadable", "no bytes came")
             raise ImageRejected(verdict.station, verdict.reason, verdict.detail)
-        pixels = decode(image.data, self.limits)
+        pixels = decode(image.data, self.limits, reads)
         (mask,) = self.encoded_masks([item], 1)
         labels_HW = self.labels(item, mask, (pixels.height, pixels.width))
         if pixels.nodata_HW is not None and item.mask is not None:
             labels_HW[pixels.nodata_HW] = self.ontology.ignored
+        if reads is not None:
+            upright = pixels.whole or (pixels.height, pixels.width)
+            return scaled(pixels.values_HWC, reads(upright)), labels_HW
         return pixels.values_HWC, labels_HW
 
     def encoded(self, items: Sequence[LabelledItem], threads: int) -> Iterator[EncodedImage]:

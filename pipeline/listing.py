@@ -43,7 +43,7 @@ def discover(
         store: the source.
         config: what is asked for.
         listing: learns what was skipped or left out.
-        masks: masks that lie beside their pictures are wanted too, instead of counted.
+        masks: masks and labels that lie beside their pictures are wanted too, instead of counted.
 
     Raises:
         RunRefused: if the source is not there or the format unknown.
@@ -56,7 +56,7 @@ def discover(
             if name == "skip":
                 listing.skipped[_suffix(found)] += 1
             for entry in entries:
-                if entry.skipped:
+                if entry.skipped and not (masks and entry.member):
                     listing.skipped[f"{name} member"] += 1
                 elif entry.mask and not masks:
                     listing.skipped["mask"] += 1

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config import SegmentConfig
 from pipeline.errors import RunRefused, StorageMissing
-from pipeline.formats import Entry, parquet
+from pipeline.formats import Entry, parquet, webdataset
 from pipeline.keys import escape, path_of, printable
 from pipeline.kinds import OURS, kind_of_name, picture_of_mask
 from pipeline.listing import Listing, discover, key_of
@@ -33,6 +33,7 @@ from pipeline.whole_labels import TABLE, Row, by_folder, table_of
 RUN = "run://"
 MASKS_OF_RUN = "?masks="
 NOTES = ("key", "split", "stratum", "label")
+LABELS_AT_ONCE, LABEL_BYTES = 16, 4096  # requests for labels; of one of them
 SHOWN = 10
 """Offenders that a refusal names."""
 SPLITS = {
@@ -154,7 +155,7 @@ def _of_shards(store: Store) -> Pile | None:
 
     What has no masks may have classes instead.
     """
-    images, masks = [], []
+    images, masks, labels = [], [], []
     rows: dict[str, _Rows] = {}
     for place, (found, name, entry) in enumerate(_walk(store, "auto")):
         plan, split = _planned(store, place, found, name, entry), split_of_path(found.path)
@@ -168,12 +169,15 @@ def _of_shards(store: Store) -> Pile | None:
             if rows[found.path].masks:
                 masks.append(piece)
             continue
+        if entry.skipped:
+            labels.append(plan)
+            continue
         mask = picture_of_mask(plan.key)
         piece = Piece(mask or without_suffix(plan.key), plan, plan.key, split)
         (masks if mask else images).append(piece)
     if masks:
         return Pile(store.uri, store.uri, store, images, masks)
-    return _of_whole_pictures(store, images)
+    return _of_whole_pictures(store, images, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +213,14 @@ def split_of_path(path: str) -> str | None:
     return None
 
 
-def _of_whole_pictures(store: Store, images: list[Piece]) -> Pile | None:
-    """Pictures with a class each, as labels.csv, a column or their folders say it."""
+def _of_whole_pictures(
+    store: Store, images: list[Piece], labels: list[PlannedImage]
+) -> Pile | None:
+    """Pictures with a class each, as labels.csv, a column, a member or their folders say it."""
     if (rows := table_of(store)) is not None:
         images = list(_by_table(store, images, rows))
+    elif labels:
+        images = _by_members(store, images, labels)
     elif not any(piece.label for piece in images):
         folders = by_folder((piece.key for piece in images), SPLITS)
         if folders is None:
@@ -224,6 +232,19 @@ def _of_whole_pictures(store: Store, images: list[Piece]) -> Pile | None:
     if not numbers and len(names) > 1:
         ontology = read_ontology(json.dumps({"classes": names}).encode(), store.uri)
     return Pile(store.uri, store.uri, store, images, None, ontology)
+
+
+def _by_members(store: Store, images: list[Piece], labels: list[PlannedImage]) -> list[Piece]:
+    """Pictures of tars with what ``NAME.cls`` beside them says."""
+    found: dict[str, str] = {}
+    problems = Problems()
+    for one in webdataset.fetch(store, labels, LABELS_AT_ONCE, LABEL_BYTES):
+        try:
+            found[one.plan.key.removesuffix(webdataset.LABEL)] = (one.data or b"").decode().strip()
+        except UnicodeDecodeError:
+            problems.add("labels that are no text", one.plan.key)
+    problems.refuse(store.uri)
+    return [replace(piece, label=found.get(piece.name) or piece.label) for piece in images]
 
 
 def _by_table(store: Store, images: list[Piece], rows: dict[str, Row]) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pipeline.clock import Clock
-from pipeline.decode import DecodeLimits, decode
+from pipeline.decode import DecodeLimits, Reads, decode
 from pipeline.errors import ImageRejected
 from pipeline.headers import probe
 from pipeline.line import Line
@@ -64,10 +64,12 @@ def ahead(
     aside: list[RejectedImage],
     change: Callable[[Pixels], T],
     clock: Clock,
+    reads: Reads | None = None,
 ) -> Iterator[Decoded[T]]:
     """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads.
 
-    They run ahead by a picture per thread and one, as far as there is room (`Line.room`).
+    With ``reads`` they need not be larger than what is read of them (`decode`). They run ahead by
+    a picture per thread and one, as far as there is room (`Line.room`).
     """
     threads = line.config.compute.decode_threads
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -88,7 +90,7 @@ def ahead(
                 need = _nbytes(item, line.limits)
                 while len(waiting) > threads or not line.room.take(need, wait=not waiting):
                     yield from landed()
-                waiting.append((pool.submit(_timed, item, line.limits, change), need))
+                waiting.append((pool.submit(_timed, item, line.limits, change, reads), need))
             while waiting:
                 yield from landed()
         finally:
@@ -102,22 +104,22 @@ def _nbytes(item: EncodedImage, limits: DecodeLimits) -> int:
 
 
 def _timed(
-    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T]
+    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T], reads: Reads | None
 ) -> tuple[Decoded[T] | RejectedImage, float]:
     start = time.thread_time()
-    outcome = _decoded(item, limits, change)
+    outcome = _decoded(item, limits, change, reads)
     return outcome, time.thread_time() - start
 
 
 def _decoded(
-    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T]
+    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T], reads: Reads | None
 ) -> Decoded[T] | RejectedImage:
     if item.data is None:
         verdict = item.verdict or Verdict("fetch", "unreadable", "no bytes came")
         return RejectedImage(item.plan, verdict)
     size, digest = len(item.data), hashlib.sha256(item.data).hexdigest()
     try:
-        return Decoded(item.plan, size, digest, change(decode(item.data, limits)))
+        return Decoded(item.plan, size, digest, change(decode(item.data, limits, reads)))
     except ImageRejected as error:
         verdict = Verdict(error.station, error.reason, error.detail)
         return RejectedImage(item.plan, verdict, size, digest)

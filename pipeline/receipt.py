@@ -22,6 +22,7 @@ BUSY = (
     0.7  # of the cores (or GPUs): beyond it they are what limits, below it something is waited for
 )
 DEVICE = "device"
+FEWEST = 8  # fragments; fewer are in flight together, and the time between two ends says nothing
 
 
 def receipt_of(
@@ -57,7 +58,8 @@ def _done(tally: Tally) -> dict[str, Any]:
 
 
 def _speed(tally: Tally, capacity: Capacity) -> dict[str, Any]:
-    whole, steady = time.monotonic() - tally.started, tally.steady_s
+    whole = time.monotonic() - tally.started
+    steady = tally.steady_s if tally.fragments >= FEWEST else None
     images = tally.answered - tally.first_images if steady else tally.answered
     rate = images / (steady or whole)
     limits = limits_of(tally, capacity)

@@ -62,6 +62,8 @@ class Pixels:
     """uint8 or uint16, C = 1 or 3."""
     nodata_HW: Array | None
     """bool, True where there is nothing to classify (fully transparent); None = everywhere data."""
+    whole: tuple[int, int] | None = None
+    """Height and width of the upright picture, where it was decoded smaller."""
 
     @property
     def height(self) -> int:

@@ -12,7 +12,7 @@ Shapes: B pictures of a part, H, W of the upright picture, h, w of what is shown
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ import numpy as np
 from models import Bundle, InputInfo, TileInfo
 from models.training.augment import drawing
 from models.training.recipes import Recipe
+from pipeline.decode import Reads
 from pipeline.errors import ImageRejected
 from pipeline.labels import LabelledItem, Loader
 from pipeline.patience import patiently
 from pipeline.records import Array
-from pipeline.scaling import scaled, size_read
+from pipeline.scaling import size_read
 
 CARD_TILE = TileInfo(size=1024, overlap=128)  # as the demo bundle: what fits a small GPU
 ORDER, VIEW = 1, 2  # what is drawn: the order of an epoch, how a picture is seen
@@ -91,7 +92,7 @@ class TrainSet:
         item = self.items[_order(self.recipe.seed, epoch, len(self.items))[place]]
         recipe = self.recipe
         try:
-            values_HWC, indexes_HW = patiently(lambda: self.loader.load(item))
+            values_HWC, indexes_HW = patiently(lambda: self.loader.load(item, self._reads))
         except ImageRejected as error:
             blank = np.zeros((*recipe.augment.size, self.about.channels), np.uint8)
             size = recipe.augment.size if self.longest is None else ()
@@ -99,14 +100,20 @@ class TrainSet:
             return blank, void, (item.key, error.station, error.reason, error.detail)
         draws = drawing(recipe.seed, VIEW, position)
         labels_HW = self._table[indexes_HW]
-        if self.longest is None:
+        if self._reads is None:
             pixels_HWC = as_read(values_HWC, self.about)
             return *recipe.augment(pixels_HWC, labels_HW, draws, recipe.ignore_id), None
-        size = size_read(values_HWC.shape[:2], self.about.resize, self.longest)
-        pixels_HWC = as_read(scaled(values_HWC, size), self.about)
-        nothing_HW = np.zeros(size, np.uint8)
+        pixels_HWC = as_read(values_HWC, self.about)
+        nothing_HW = np.zeros(pixels_HWC.shape[:2], np.uint8)
         pixels_hwC, _ = recipe.augment(pixels_HWC, nothing_HW, draws, recipe.ignore_id)
         return pixels_hwC, labels_HW[0, 0], None
+
+    @property
+    def _reads(self) -> Reads | None:
+        """At which size a classifier reads a picture."""
+        if self.longest is None:
+            return None
+        return partial(size_read, resize=self.about.resize, longest=self.longest)
 
     @property
     def _table(self) -> Array:

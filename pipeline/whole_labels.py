@@ -2,7 +2,8 @@
 
 table     ``labels.csv`` beside the data, with columns ``key`` and ``label`` and maybe ``split`` and
           ``stratum``; a picture whose label is empty is left out
-column    ``label`` of a Parquet table of pictures (pipeline/pairing.py reads it)
+column    ``label`` of a Parquet table of pictures (pipeline/pairing.py reads these two)
+member    ``NAME.cls`` beside ``NAME.jpg`` in a tar, as WebDataset has it
 folder    the innermost folder that a picture lies in: ``cat/1.jpg``, ``train/cat/1.jpg``,
           ``train-0.tar#cat/1.jpg``
 

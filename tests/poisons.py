@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 DELAY_S = 0.2  # decoding and predicting begin long before they go wrong
 EATEN = 1 << 30
@@ -98,6 +100,21 @@ def spread_further() -> None:
         return real(self, tiles, *arguments, **named)
 
     pictures._decoded, Segmenter._run = remembered, run
+
+
+def waver() -> None:
+    """Let a model give another answer each time; imports torch."""
+    import torch
+
+    from pipeline.infer import Segmenter
+
+    real = Segmenter._finish
+
+    def finish(self, scores_Khw, *arguments):
+        noise_Khw = torch.from_numpy(np.random.default_rng().normal(size=scores_Khw.shape))
+        return real(self, scores_Khw + noise_Khw.to(scores_Khw), *arguments)
+
+    Segmenter._finish = finish
 
 
 def stop_children() -> None:

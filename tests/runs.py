@@ -194,6 +194,21 @@ def actors(*above: int) -> list[psutil.Process]:
     return found
 
 
+def tasks(*above: int) -> list[psutil.Process]:
+    """The processes below these that run a Ray task just now."""
+    found = []
+    for pid in above:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    title = " ".join(process.cmdline())
+                    if title.startswith("ray::") and not title.startswith(
+                        ("ray::IDLE", "ray::_Seg")
+                    ):
+                        found.append(process)
+    return found
+
+
 def until(
     condition: Callable[[], object], what: str, seconds: float = PATIENCE_S, every: float = 0.005
 ) -> None:
@@ -289,6 +304,12 @@ def committed(run: Path) -> int:
     folders = [run / "masks.zarr/mask/c", run / "predictions/c"]  # of a classifier: the other one
     found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     return len([path for path in found if not path.name.startswith(".")])
+
+
+def rework(run: Path) -> int:
+    """How many times work on a fragment of a local run was begun beyond the one that made it."""
+    begun = sum(1 for path in (run / "attempts").rglob("*") if path.is_file())
+    return begun - len(commits(run))
 
 
 def this_call(run: Path | str) -> dict[str, Any]:

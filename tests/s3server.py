@@ -9,6 +9,7 @@ Install with `apt-get install --no-install-recommends radosgw ceph-mon ceph-osd 
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -113,6 +114,15 @@ class Credentials:
 
     access_key: str
     secret_key: str = field(repr=False)
+
+    def disguises(self) -> list[bytes]:
+        """How they may stand in something that was written: as they are, or encoded."""
+        plain = [self.access_key.encode(), self.secret_key.encode()]
+        return [
+            *plain,
+            *(base64.b64encode(one).rstrip(b"=") for one in plain),
+            *(one.hex().encode() for one in plain),
+        ]
 
 
 def why_not() -> str | None:

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     problem: str | None = None
     """``reason: detail`` where it is known already that there will be no mask."""
     skipped: bool = False
-    """A sidecar: counted, not an image."""
+    """A sidecar: counted, not an image. With a member: the label of a picture beside it."""
     mask: bool = False
     """The label of a picture beside it: counted, unless labelled data is read."""
 

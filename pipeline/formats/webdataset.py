@@ -17,6 +17,7 @@ from pipeline.records import EncodedImage, PlannedImage
 from pipeline.storage import Found, Store
 
 SUFFIXES = (".tar",)
+LABEL = ".cls"  # WebDataset's name for the class of a picture
 
 BLOCK = 256 * 1024  # one request reads so much: small members share it, large ones are jumped over
 MAX_HEADER = 64 * 1024**2  # the most bytes one header (long names, pax records) may ask for
@@ -26,7 +27,8 @@ MAX_MEMBERS = 10_000_000  # a tar of empty members costs 512 bytes each; beyond 
 def index(store: Store, found: Found) -> Iterator[Entry]:
     """Regular members with an image suffix, or none, in the shard's order; others are skipped.
 
-    Masks are entries that say so: whoever reads labelled data wants them.
+    Masks are entries that say so, and labels of whole pictures (``NAME.cls``) skipped ones with a
+    name: whoever reads labelled data wants them.
     """
     seen: dict[str, int] = {}
     try:
@@ -36,11 +38,12 @@ def index(store: Store, found: Found) -> Iterator[Entry]:
                 if count >= MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
                 kind = kind_of_name(member.name)
-                if not member.isreg() or kind not in {"image", "mask"}:
+                label = member.isreg() and member.name.endswith(LABEL)
+                if not member.isreg() or (kind not in {"image", "mask"} and not label):
                     yield Entry(None, None, 0, skipped=True)
                     continue
                 entry = _entry(member, member_part(member.name, seen), found.nbytes)
-                yield entry._replace(mask=kind == "mask")
+                yield entry._replace(mask=kind == "mask", skipped=label)
         if forward.last.strip(b"\0"):  # tarfile takes a header it cannot read for the end
             whole = len(forward.last) == tarfile.BLOCKSIZE
             raise tarfile.ReadError("a header is damaged" if whole else "unexpected end of data")

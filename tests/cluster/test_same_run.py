@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from ipaddress import ip_address
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -44,6 +45,12 @@ def test_two_nodes_make_the_same_run_in_a_bucket(
 
     runs.on_ray(runs.words(source, run, tiny_bundle), ray_two_nodes.address)
     runs.assert_same(run, oracle, without=("uri", "etag"))
+    # the nodes have the keys in their environment, and tell nobody
+    session = Path(ray_two_nodes.cluster.head_node.get_session_dir_path())
+    logs = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    assert len(logs) > 10
+    canaries = s3_server.owner.disguises()
+    assert not [path for path, text in logs.items() if any(word in text for word in canaries)]
 
 
 @pytest.mark.parametrize("first", ["process", "cluster"])
@@ -108,6 +115,20 @@ def test_a_run_without_progress_stops_and_can_go_on(
     runs.assert_same(run, oracle)
 
 
+def test_a_cluster_whose_token_is_another_refuses_without_a_trace(
+    ray_two_nodes, archive, tiny_bundle, tmp_path
+):
+    other = tmp_path / "token"
+    other.touch(mode=0o600)
+    other.write_text("0" * 64)
+    words = runs.words(archive, tmp_path / "run", tiny_bundle, "--on", ray_two_nodes.address)
+    with runs.command(words, environment={"RAY_AUTH_TOKEN_PATH": str(other)}) as driver:
+        assert driver.ended() == EXIT_REFUSED, driver.out + driver.err
+    assert "token" in driver.err
+    assert "Traceback" not in driver.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_gpu_that_no_node_has_is_refused_at_once(archive, tiny_bundle, tmp_path):
     words = runs.words(archive, tmp_path / "run", tiny_bundle, "--compute.device", "cuda")
     with runs.command([*words, "--on", "local"]) as driver:
@@ -136,7 +157,9 @@ def test_ray_on_this_machine_makes_the_same_run_in_silence_and_on_loopback(
 ):
     run = tmp_path / "run"
     listening: set[str] = set()
-    with runs.command([*runs.words(archive, run, tiny_bundle), "--on", "local"]) as driver:
+    elsewhere = {"RAY_ADDRESS": "192.0.2.1:6379"}  # a cluster that has nothing to do with this
+    words = [*runs.words(archive, run, tiny_bundle), "--on", "local"]
+    with runs.command(words, environment=elsewhere) as driver:
         runs.until_actor(driver, driver.pid)
         for process in psutil.Process(driver.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # some end while others start

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,6 +261,44 @@ def test_a_picture_beyond_the_tile_is_scaled_down_to_it(tmp_path, tiny_classifie
     assert [each.tolist() for each in sizes] == [[[160, 96]]]  # the bundle's tile is 160
     row = open_run(str(tmp_path / "out")).row("a.png")
     assert (row["height"], row["width"]) == (500, 300)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path, orientation):
+    picture = with_orientation(blobs(900, 700, 4), orientation)
+    reads = partial(size_read, resize=(48, 40), longest=160)
+
+    small = decode(picture, DecodeLimits(), reads)
+
+    assert small.whole == (900, 700)
+    assert 2 * 48 <= small.height < 900 / 2
+    assert 2 * 40 <= small.width < 700 / 2
+    full_HWC = scaled(decode(picture, DecodeLimits()).values_HWC, (48, 40)).astype(int)
+    assert np.abs(scaled(small.values_HWC, (48, 40)) - full_HWC).mean() < 4
+    bundle = tiny_classifier(tmp_path / "bundle", resize=(48, 40))
+    source = filled(tmp_path / "in", {"a.jpg": picture})
+    segment(source, tmp_path / "out", bundle)
+    row = open_run(str(tmp_path / "out")).row("a.jpg")
+    assert (row["height"], row["width"]) == (900, 700)
+
+
+def test_what_is_not_much_larger_or_no_jpeg_is_decoded_whole():
+    reads = partial(size_read, resize=(48, 40), longest=160)
+
+    for picture in (encoded(blobs(150, 120, 1), "JPEG"), encoded(blobs(900, 700, 1), "PNG")):
+        assert np.array_equal(
+            decode(picture, DecodeLimits(), reads).values_HWC,
+            decode(picture, DecodeLimits()).values_HWC,
+        )
+
+
+def test_a_large_jpeg_that_is_cut_is_cut_at_any_size():
+    picture = encoded(blobs(900, 700, 1), "JPEG")
+    reads = partial(size_read, resize=(48, 40), longest=160)
+
+    for cut in (len(picture) // 3, len(picture) // 2, len(picture) - 2):
+        with pytest.raises(ImageRejected, match=r"truncated|corrupt"):
+            decode(picture[:cut], DecodeLimits(), reads)
 
 
 def test_the_tile_size_of_the_command_line_wins_over_the_bundles(tmp_path, tiny_classifier):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from tests.bundles import NoProbe
 from tests.faultstore import OF_READS, Killed, faulty
 from tests.runs import content
 
+EXAMPLES = 15 * (1 + int(os.environ.get("MASKFLEET_SEEDS", "0")))  # .ci/nightly
 OUT_WAYS = ("busy", "denied", "lost", "twice", "short", "flip")
 KILLS = ("killed_before", "killed_after")  # at every write: test_line_resume.py
 SOURCE_WAYS = ("busy", "denied", "lost", "twice")  # a flipped input is another input: docs say so
@@ -70,7 +72,9 @@ def test_whichever_request_to_the_source_goes_wrong_no_image_is_rejected_for_it(
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(blows=st.lists(st.tuples(st.sampled_from(OUT_WAYS + KILLS), st.integers(1, 60)), max_size=6))
 def test_blow_after_blow_it_ends_as_if_there_had_been_none(small, tmp_path, in_process, blows):

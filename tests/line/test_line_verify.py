@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import MaskfleetError
 from pipeline.fragment import assemble, compress, decompress, read_header, read_index
 from pipeline.ledger import Ledger
 from pipeline.status import status
@@ -377,6 +378,53 @@ def test_what_killed_writers_left_is_counted_and_swept_once_it_is_old(finished, 
 
     findings = verify(Ledger.open(open_store(str(run))))
     assert (findings.problems, findings.debris) == ([], 2)
+    (run / C / "2").unlink()  # so that there is something to do
     segment(finished.source, run, finished.model, slot_bytes=4096)
 
     assert [old.exists(), young.exists()] == [False, True]
+
+
+OWN = (
+    "run.json", "bundle/model.json", "bundle/weights.safetensors", "plan/000.parquet",
+    "plan/000.fragments.parquet", "masks.zarr/zarr.json", "masks.zarr/mask/zarr.json", f"{C}/1",
+    "final/images.parquet", "final/class_stats.parquet", "manifest/000.json", "receipt.json",
+)  # fmt: skip
+
+
+def ended(finished, run: Path) -> str:
+    """What a call that refuses to go on says; nothing if it ends well."""
+    try:
+        segment(finished.source, run, finished.model, slot_bytes=4096)
+    except MaskfleetError as error:
+        return str(error)
+    return ""
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    flip(path, path.stat().st_size // 3)
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, flipped])
+@pytest.mark.parametrize("path", OWN)
+def test_a_call_on_a_damaged_run_mends_it_or_names_what_is_damaged(finished, run, path, damage):
+    """One fragment is missing, so that the call reads what it would otherwise leave alone."""
+    (run / C / "2").unlink()
+    before = {p.name: p.read_bytes() for p in (run / C).iterdir() if p.name != "1"}
+    damage(run / path)
+
+    said = ended(finished, run)
+
+    if said:
+        assert path.removesuffix(".fragments.parquet") in said
+    else:
+        told = problems(run)
+        assert not told or all(path in text for text in told), told
+    assert all((run / C / name).read_bytes() == data for name, data in before.items())

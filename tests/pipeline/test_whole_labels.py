@@ -106,6 +106,17 @@ def test_a_column_of_names_or_of_ids_says_the_class(tmp_path):
     assert opened(numbers).ontology.names == ["dark", "bright"]
 
 
+def test_a_member_beside_the_picture_says_the_class_by_id(tmp_path):
+    members = {}
+    for name, (label, data) in FOUR.items():
+        stem = name.removesuffix(".png")
+        members |= {name: data, f"{stem}.cls": b"5\n" if label == "dark" else b"2"}
+
+    labelled = opened(filled(tmp_path, {"s.tar": tar_of(members), **ONTOLOGY}))
+
+    assert truths(labelled) == TRUTH
+
+
 def test_the_hash_is_of_pictures_and_classes_and_not_of_where_they_are_said(tmp_path):
     both = {**ONTOLOGY, **labels_csv(TRUTH)}
     rows = table(pa.array(TRUTH.values()), key=list(TRUTH))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import secrets
+import time
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import EXIT_DONE, EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
+from pipeline.keys import unescape
 from pipeline.ledger import Ledger
 from pipeline.reader import open_run
 from pipeline.status import status
 from pipeline.storage import open_store
 from tests import objects, runs
+from tests.archives import png
+from tests.s3.test_server import HOSTILE_KEYS
 from tests.s3server import Credentials
 
 OF_THE_PLACE = ("uri", "etag")  # columns that say where an image lies
@@ -283,6 +290,127 @@ def test_no_listing_that_is_cut_or_an_error_removes_an_image(
     runs.assert_same(run, oracle, OF_THE_PLACE)
 
 
+@pytest.mark.timeout(240)
+def test_a_gateway_that_restarts_freezes_and_says_slow_down_costs_time_only(
+    s3_server, source, run, tiny_bundle, oracle, tmp_path
+):
+    words = runs.words(source, run, tiny_bundle, "--compute.fetch-threads", "16")
+    few = "--rgw_max_concurrent_requests=4"
+    try:
+        with runs.driver(words, tmp_path / "log") as driver:
+            runs.until(lambda: runs.commits(run), "a commit")
+            s3_server.kill("rgw")
+            time.sleep(4)
+            s3_server.start("rgw", few)
+            s3_server.wait_until_it_answers()
+            s3_server.pause("rgw")
+            time.sleep(4)
+            s3_server.resume("rgw")
+            assert driver.wait(120) == EXIT_REJECTIONS, driver.said
+    finally:
+        s3_server.stop("rgw")
+        s3_server.start("rgw")
+        s3_server.wait_until_it_answers()
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+@pytest.mark.timeout(180)
+def test_a_user_suspended_in_the_middle_stops_the_run_and_rejects_nothing(
+    s3_server, fault_proxy, source, run, tiny_bundle, oracle, tmp_path
+):
+    words = runs.words(source, run, tiny_bundle, *FEW)
+    held = fault_proxy.fault("delay", "PUT", COMMIT, seconds=3.0, times=2)
+    try:
+        with runs.driver(words, tmp_path / "log") as driver:
+            runs.until(lambda: held.done, "the first commit")
+            s3_server.admin("user", "suspend", "--uid=owner")
+            assert driver.wait() == EXIT_UNFINISHED, driver.said
+    finally:
+        s3_server.admin("user", "enable", "--uid=owner")
+    assert "UserSuspended" in driver.said
+
+    runs.finished(words, tmp_path / "log")
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+@pytest.mark.timeout(180)
+def test_hangs_drops_and_errors_of_ranges_and_of_our_own_objects_are_survived(
+    fault_proxy, source, run, tiny_bundle, oracle, tmp_path
+):
+    told = [
+        fault_proxy.fault("drop", "GET", "*/in/shards/*", probability=0.3, times=4),
+        fault_proxy.fault("500", "GET", "*/out/*", probability=0.2, times=4),
+        fault_proxy.fault("reset", "PUT", "*/out/*", probability=0.2, times=4),
+        fault_proxy.fault("hang", "*", "*/c/*", seconds=2.0, probability=0.2, times=2),
+        fault_proxy.fault("truncate", "GET", "*/out/*", probability=0.2, times=4),
+    ]
+    runs.finished(runs.words(source, run, tiny_bundle), tmp_path / "log")
+
+    assert min(lie.done for lie in told) > 0
+    assert max(Counter(fault_proxy.requests).values()) < 40  # nobody asks without end
+    fault_proxy.clear()
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+def test_two_drivers_at_once_end_in_one_run_in_a_bucket(source, run, tiny_bundle, oracle, tmp_path):
+    words = runs.words(source, run, tiny_bundle)
+    with (
+        runs.driver(words, tmp_path / "a") as a,
+        runs.driver(words, tmp_path / "b") as b,
+    ):
+        assert (a.wait(), b.wait()) == (EXIT_REJECTIONS, EXIT_REJECTIONS), a.said + b.said
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+# -- what a clock does ---------------------------------------------------------------------------
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="apt-get install faketime")
+
+
+def with_a_clock(offset: str) -> dict[str, str]:
+    return {
+        "LD_PRELOAD": str(FAKETIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+
+
+@needs_faketime
+@pytest.mark.parametrize("offset", ["+2h", "-2h"])
+def test_a_clock_two_hours_off_is_named_and_nothing_is_written(
+    s3, bucket, source, run, tiny_bundle, offset
+):
+    words = runs.words(source, run, tiny_bundle)
+    with runs.command(words, environment=with_a_clock(offset)) as driver:
+        assert driver.ended() == EXIT_REFUSED, driver.out + driver.err
+    assert "clock" in driver.err
+    assert "Traceback" not in driver.err
+    assert everything(s3, bucket, "out/") == {}
+
+
+@needs_faketime
+def test_a_clock_ten_minutes_off_does_not_matter(source, run, tiny_bundle, oracle):
+    words = runs.words(source, run, tiny_bundle)
+    with runs.command(words, environment=with_a_clock("+10m")) as driver:
+        assert driver.ended() == EXIT_REJECTIONS, driver.out + driver.err
+    runs.assert_same(run, oracle, OF_THE_PLACE)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_a_key_may_be_anything_and_is_given_back_as_it_was(s3, bucket, run, tiny_bundle, tmp_path):
+    picture = png(20, 24, 1)
+    source = objects.into_bucket(dict.fromkeys(HOSTILE_KEYS, picture), s3, bucket, "in")
+
+    runs.finished(runs.words(source, run, tiny_bundle), tmp_path / "log", EXIT_DONE)
+
+    done = {unescape(key) for key in open_run(run).images["key"].to_pylist()}
+    assert done == {key for key in HOSTILE_KEYS if not key.endswith("/")}
+    log = (tmp_path / "log").read_text()
+    assert all(character.isprintable() or character == "\n" for character in log)
+    runs.assert_sound(run)
+
+
 # -- what people do ------------------------------------------------------------------------------
 
 
@@ -334,15 +462,27 @@ def test_no_credential_appears_in_the_run_or_in_any_output(
     s3_server, s3, bucket, source, run, tiny_bundle, tmp_path
 ):
     words = runs.words(source, run, tiny_bundle)
-    runs.finished(words, tmp_path / "log")
+    runs.finished([*words, "--log", "json"], tmp_path / "log")
     runs.finished([*words, "--dry-run"], tmp_path / "log", EXIT_DONE)
+    # a failure has more to say: of requests, of places, of those who asked
+    nowhere = runs.words("s3://no-such-bucket-here/x", f"{run}-2", tiny_bundle)
+    runs.finished(nowhere, tmp_path / "log", EXIT_REFUSED)
 
     written = {**everything(s3, bucket, "out/"), "log": (tmp_path / "log").read_bytes()}
     assert len(written) > 20
-    owner = s3_server.owner
-    for name, content in written.items():
-        for canary in (owner.access_key, owner.secret_key):
-            assert canary.encode() not in content, name
+    tables = {k: decoded(v) for k, v in written.items() if k.endswith(".parquet")}
+    assert tables
+    assert_none_of(s3_server.owner, {**written, **tables})
+
+
+def decoded(table: bytes) -> bytes:
+    """What a table holds, in which a word cannot hide behind a compression."""
+    return repr(pq.read_table(io.BytesIO(table)).to_pylist()).encode()
+
+
+def assert_none_of(owner: Credentials, written: dict[str, bytes]) -> None:
+    found = [name for name, data in written.items() if any(d in data for d in owner.disguises())]
+    assert not found
 
 
 # -- an archive that changes ---------------------------------------------------------------------

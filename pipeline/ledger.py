@@ -219,8 +219,26 @@ class Ledger:
         return f"{self.run['bundle']['architecture']}@{self.run['bundle']['sha256'][:12]}"
 
     def bundle_files(self) -> tuple[bytes, bytes]:
-        """model.json and weights.safetensors as copied into the run."""
-        return self.store.read(CARD), self.store.read(WEIGHTS)
+        """model.json and weights.safetensors as copied into the run.
+
+        Raises:
+            RunRefused: one of them is not what was copied.
+        """
+        card, weights = self.store.read(CARD), self.store.read(WEIGHTS)
+        digest = hashlib.sha256(weights).hexdigest().encode()
+        wrong = (
+            CARD
+            if hashlib.sha256(card).hexdigest() != self.run["bundle"]["sha256"]
+            else WEIGHTS
+            if digest not in card
+            else None
+        )
+        if wrong is not None:
+            raise RunRefused(
+                f"{self.store.uri}/{wrong} is not what was copied (its SHA-256 is another); "
+                "delete it and run the same command again"
+            )
+        return card, weights
 
     # ---------------------------------------------------------------------------- what is planned
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
+from pipeline import head
 from pipeline.clock import Clock
 from pipeline.config import Compute, SegmentConfig
 from pipeline.errors import RunRefused, RunUnfinished, StorageError
@@ -88,6 +89,8 @@ class OnRay:
         self._compute = compute
         self._where, self._local = where, where == "local"
         self._connected = False
+        self._ending: threading.Event | None = None
+        """Set where the head is no longer needed."""
 
     def connect(self) -> None:
         """Reach the cluster, or start one: as late as possible, so that a refusal costs nothing."""
@@ -128,6 +131,7 @@ class OnRay:
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
         self._connected = True
+        self._ending = head.watched(ray.get_runtime_context().gcs_address)
         if self._compute.device == "cuda" and not (_gpus_there() or _autoscaling()):
             raise RunRefused(
                 f"--on {where} --compute.device cuda: no node there has a GPU; "
@@ -136,6 +140,8 @@ class OnRay:
 
     def close(self) -> None:
         """Leave the cluster; one that we started ends."""
+        if self._ending is not None:
+            self._ending.set()
         if self._connected:
             ray.shutdown()
 

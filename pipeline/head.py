@@ -1,0 +1,56 @@
+"""Whether the head of a Ray cluster is still there, and what to say where it is not.
+
+A process whose head is gone is ended by Ray itself after a minute
+(RAY_gcs_rpc_server_reconnect_timeout_s), from C++, with exit code 1 and not a word. So a thread
+looks, and ends it sooner: with our code and a sentence. A head that comes back in time is waited
+for.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+
+from pipeline.errors import EXIT_UNFINISHED
+
+log = logging.getLogger("maskfleet")
+
+RAYS_PATIENCE_S = 60.0  # Ray 2.60's default
+SHARE = 0.7  # of Ray's patience, so that we are first
+LOOKS = 10  # at the head in that time
+
+
+def watched(address: str) -> threading.Event:
+    """Look after the head at this ``host:port`` until the event is set."""
+    told = os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "")  # noqa: SIM112 - Ray's
+    patience = SHARE * (float(told) if told else RAYS_PATIENCE_S)
+    ending = threading.Event()
+    looked_at = (address, patience, ending)
+    threading.Thread(target=_look, args=looked_at, daemon=True, name="head").start()
+    return ending
+
+
+def _look(address: str, patience_s: float, ending: threading.Event) -> None:
+    host, _, port = address.rpartition(":")
+    seen = time.monotonic()
+    while time.monotonic() - seen < patience_s:
+        if _answers(host.strip("[]"), int(port), patience_s):
+            seen = time.monotonic()
+        if ending.wait(patience_s / LOOKS):
+            return
+    log.error(
+        "not finished: the head of the Ray cluster, %s, has not been there for %.0f s; what is "
+        "committed stays, run the same command again when it is back, or elsewhere",
+        address,
+        patience_s,
+    )
+    os._exit(EXIT_UNFINISHED)  # Ray's own threads wait for the head, and would never come back
+
+
+def _answers(host: str, port: int, patience_s: float) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=patience_s / LOOKS).close()
+    except OSError:
+        return False
+    return True

@@ -129,7 +129,9 @@ class OnRay:
                     shipped["py_modules"] = [str(here / "pipeline"), str(here / "models")]
                     ray.init(address=where, **common)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise RunRefused(f"--on {where}: cannot reach a Ray cluster there: {error}") from error
+            raise RunRefused(
+                f"--on {where}: cannot reach a Ray cluster there: {error}{head.hint(where)}"
+            ) from error
         self._connected = True
         self._ending = head.watched(ray.get_runtime_context().gcs_address)
         if self._compute.device == "cuda" and not (_gpus_there() or _autoscaling()):

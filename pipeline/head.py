@@ -31,11 +31,27 @@ def watched(address: str) -> threading.Event:
     return ending
 
 
-def _look(address: str, patience_s: float, ending: threading.Event) -> None:
+def hint(address: str) -> str:
+    """What may be wrong where something listens and Ray cannot connect; Ray does not say."""
+    _, _, port = address.rpartition(":")
+    if not port.isdecimal() or not _answers(*_parts(address), LOOKS):
+        return ""
+    return (
+        "; something listens there: is it a head of Ray 2.60, and is the token "
+        "(~/.ray/auth_token, RAY_AUTH_TOKEN_PATH) the cluster's?"
+    )
+
+
+def _parts(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _look(address: str, patience_s: float, ending: threading.Event) -> None:
+    place = _parts(address)
     seen = time.monotonic()
     while time.monotonic() - seen < patience_s:
-        if _answers(host.strip("[]"), int(port), patience_s):
+        if _answers(*place, patience_s):
             seen = time.monotonic()
         if ending.wait(patience_s / LOOKS):
             return

@@ -83,11 +83,12 @@ def test_asked_to_stop_a_driver_with_a_ray_of_its_own_ends_and_leaves_nothing_be
     with runs.command([*words, "--on", "local"]) as driver:
         runs.until(lambda: runs.committed(run) >= 1 or driver.poll() is not None, "a commit")
         below = psutil.Process(driver.pid).children(recursive=True)
+        below = [process for process in below if not is_agent(process)]
         for _ in range(times):
             driver.send_signal(signal.SIGINT)
         assert driver.ended(60) in {EXIT_UNFINISHED, EXIT_REJECTIONS}, driver.out + driver.err
     assert "Traceback" not in driver.err
-    _, left = psutil.wait_procs([one for one in below if not is_agent(one)], 20)
+    _, left = psutil.wait_procs(below, 20)
     assert not left, "Ray outlives its driver"
     before = runs.commits(run)
 

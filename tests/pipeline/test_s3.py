@@ -5,13 +5,15 @@ The bucket is a fake below our own code, where botocore would be; s3/ has the re
 
 import asyncio
 import hashlib
+import pickle
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+import ray.cloudpickle
 
 from pipeline.errors import StorageBusy, StorageDenied, StorageError, StorageMissing
-from pipeline.storage import ObjectChanged, ObjectUnreadable, S3Store, s3
+from pipeline.storage import ObjectChanged, ObjectUnreadable, S3Store, open_store, s3
 from tests.contracts.formats import PICTURES, fetched, planned
 from tests.pictures import parquet_of, tar_of
 
@@ -355,3 +357,36 @@ def test_what_no_second_try_mends_is_said_at_once(open_bucket, code, kind, said)
     with pytest.raises(kind, match=said):
         store.read("x")
     assert len(bucket.asked) == 1
+
+
+# -- patience ------------------------------------------------------------------------------------
+
+
+def test_what_may_pass_is_asked_a_few_times_after_growing_waits_no_two_alike(
+    open_bucket, monkeypatch
+):
+    bucket, store = open_bucket(contents())
+    waits: list[float] = []
+    monkeypatch.setattr(s3, "time", SimpleNamespace(sleep=waits.append))
+    bucket.lies = [Refusal("SlowDown")] * 100
+
+    for _ in range(2):
+        with pytest.raises(StorageBusy, match=f"after {s3.RETRIES} attempts"):
+            store.read("a.png")
+
+    assert len(bucket.asked) == 2 * s3.RETRIES
+    assert len(waits) == 2 * (s3.RETRIES - 1) == len(set(waits))
+    for turn, waited in enumerate(waits[: s3.RETRIES - 1]):
+        assert 0.25 * 2**turn <= waited <= 0.5 * 2**turn
+    assert sum(waits[: s3.RETRIES - 1]) < 16
+
+
+def test_a_store_travels_without_credentials(monkeypatch):
+    canaries = {"AWS_ACCESS_KEY_ID": "CANARYKEYID", "AWS_SECRET_ACCESS_KEY": "canary/secret+key"}
+    for name, value in canaries.items():
+        monkeypatch.setenv(name, value)
+    store = open_store("s3://bucket/prefix")
+
+    for packed in (pickle.dumps(store), ray.cloudpickle.dumps(store), repr(vars(store)).encode()):
+        assert not [value for value in canaries.values() if value.encode() in packed]
+    assert pickle.loads(pickle.dumps(store)).uri == store.uri

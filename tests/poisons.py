@@ -73,8 +73,8 @@ def spread() -> None:
 
     real = station.decode
 
-    def decode(data, limits):
-        pixels = real(data, limits)
+    def decode(data, *how):
+        pixels = real(data, *how)
         _suffer("decode", data)
         return pixels
 
@@ -90,9 +90,9 @@ def spread_further() -> None:
     ends: dict[str, bytes] = {}
     decoded, real = pictures._decoded, Segmenter._run
 
-    def remembered(item, limits, change):
+    def remembered(item, *how):
         ends[item.plan.key] = item.data[-16:]
-        return decoded(item, limits, change)
+        return decoded(item, *how)
 
     def run(self, tiles, *arguments, **named):
         for tile in tiles:

@@ -17,7 +17,7 @@ from tests.objects import mixed
 def nothing_left(tmp_path) -> Iterator[None]:
     """Whatever a test killed: no process of its run outlives it (I8)."""
     yield
-    runs.until(lambda: not _at(f"{tmp_path}/"), "the processes of its runs to end", 20, 0.2)
+    runs.until(lambda: not _at(f"{tmp_path}/"), "the processes of its runs to end", 60, 0.2)
 
 
 def _at(folder: str) -> list[str]:

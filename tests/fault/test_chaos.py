@@ -273,6 +273,7 @@ CALLS = (
 )
 
 
+@pytest.mark.skipif(not SEEDS, reason="at night: a minute, and Ray's own affair (.ci/nightly)")
 @pytest.mark.timeout(300)
 def test_calls_between_rays_processes_get_lost_and_nothing_is(
     long_archive, tiny_bundle, long_oracle, tmp_path

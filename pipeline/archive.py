@@ -277,9 +277,11 @@ def _extend(ledger: Ledger, config: SegmentConfig, source: Store, listing: Listi
 
 def _refuse_removals(ledger: Ledger, config: SegmentConfig, source: Store, removed: int) -> None:
     """Most of an archive is seldom deleted; a disk that is not mounted looks as if it were."""
+    if not removed or config.allow_removals:
+        return
     with ledger.plan_file(IMAGES) as file:
         live = open_table(file).metadata.num_rows
-    if removed * 2 <= live or config.allow_removals:
+    if removed * 2 <= live:
         return
     raise RunRefused(
         f"{removed} of {live} images are no longer in {source.uri}, and their masks would be "

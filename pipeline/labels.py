@@ -148,7 +148,7 @@ class Loader:
             RunRefused: if it is none, or does not fit.
         """
         if item.mask is None:
-            return self.ontology.indexes(np.array([[self.ontology.id_of(item.label)]], np.uint16))
+            return np.array([[self.ontology.names.index(item.label)]], self.ontology.dtype)
         try:
             values_HW = read_mask(mask)
             labels_HW = self.ontology.indexes(values_HW)

@@ -226,16 +226,13 @@ class Ledger:
         """
         card, weights = self.store.read(CARD), self.store.read(WEIGHTS)
         digest = hashlib.sha256(weights).hexdigest().encode()
-        wrong = (
-            CARD
-            if hashlib.sha256(card).hexdigest() != self.run["bundle"]["sha256"]
-            else WEIGHTS
-            if digest not in card
-            else None
-        )
-        if wrong is not None:
+        checks = {
+            CARD: hashlib.sha256(card).hexdigest() == self.run["bundle"]["sha256"],
+            WEIGHTS: digest in card,
+        }
+        for path in (path for path, good in checks.items() if not good):
             raise RunRefused(
-                f"{self.store.uri}/{wrong} is not what was copied (its SHA-256 is another); "
+                f"{self.store.uri}/{path} is not what was copied (its SHA-256 is another); "
                 "delete it and run the same command again"
             )
         return card, weights

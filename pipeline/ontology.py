@@ -82,10 +82,6 @@ class Ontology:
             return label
         return next((entry.name for entry in self.classes if str(entry.id) == label), None)
 
-    def id_of(self, name: str) -> int:
-        """The id of the class of this name."""
-        return next(entry.id for entry in self.classes if entry.name == name)
-
     def shown(self) -> str:
         """The values a mask may hold, in words."""
         some = ", ".join(f"{entry.id} {entry.name}" for entry in self.classes[:20])

@@ -355,7 +355,7 @@ def paired(pile: Pile, what: str) -> list[tuple[Piece, Piece | None]]:
     """
     problems = Problems()
     if pile.masks is None:
-        _refuse_twice(pile.images, problems)
+        _add_twice(pile.images, problems)
         for piece in (piece for piece in pile.images if not piece.label):
             problems.add("pictures without a label", piece.key)
         problems.refuse(what)
@@ -366,12 +366,12 @@ def paired(pile: Pile, what: str) -> list[tuple[Piece, Piece | None]]:
         problems.add("pictures without a mask", images[name].key)
     for name in (name for name in masks if name not in images):
         problems.add("masks without a picture", masks[name].plan.key)
-    _refuse_twice(images.values(), problems)
+    _add_twice(images.values(), problems)
     problems.refuse(what)
     return [(images[name], masks[name]) for name in images]
 
 
-def _refuse_twice(pieces: Iterable[Piece], problems: Problems) -> None:
+def _add_twice(pieces: Iterable[Piece], problems: Problems) -> None:
     for key, count in Counter(piece.key for piece in pieces).items():
         if count > 1:
             problems.add("keys that occur twice", key)

@@ -41,7 +41,7 @@ from pipeline.layout import (
 from pipeline.ledger import CARD, FORECAST, RUN, WEIGHTS, Commit, Ledger
 from pipeline.plan import SCHEMA, fragments_table
 from pipeline.records import Array
-from pipeline.storage import PREFLIGHT, Found, ObjectUnreadable
+from pipeline.storage import PREFLIGHT, ObjectUnreadable
 from pipeline.tables import read_table
 
 GONE = (StorageMissing, ObjectUnreadable)  # an object that is not there, or cannot be read any more
@@ -79,8 +79,10 @@ def verify(ledger: Ledger) -> Findings:
     problems += list(_array(ledger))
     planned = _by_fragment(plans)
     commits = ledger.commits()
-    problems += list(_strangers(ledger, plans, planned))
-    debris = sum(1 for _ in _debris(ledger))
+    listed = [found.path for found in ledger.store.list()]
+    problems += list(_strangers(ledger, listed, plans, planned))
+    trials = sum(path.startswith(PREFLIGHT) for path in listed)
+    debris = trials + sum(1 for _ in ledger.store.unfinished())
     known = [commits[f] for f in sorted(commits) if f in planned]
     images = pixels = 0
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="verify") as pool:
@@ -139,7 +141,10 @@ def _unreadable(ledger: Ledger) -> Iterator[str]:
 
 
 def _strangers(
-    ledger: Ledger, plans: dict[int, pa.Table], planned: dict[int, list[tuple[int, str]]]
+    ledger: Ledger,
+    listed: list[str],
+    plans: dict[int, pa.Table],
+    planned: dict[int, list[tuple[int, str]]],
 ) -> Iterator[str]:
     """Objects that no run has, or that no plan asks for."""
     layout = ledger.layout
@@ -150,7 +155,7 @@ def _strangers(
         "fragment": planned.keys(),
         "image": {image_id for asked in planned.values() for image_id, _ in asked},
     }
-    for path in (found.path for found in ledger.store.list()):
+    for path in listed:
         if path in ours or path.startswith(PREFLIGHT):
             continue
         if path.startswith(f"{layout.commits}/"):
@@ -170,12 +175,6 @@ _NUMBERED = re.compile(
     rf"|{MASKS}/large/(?P<image>\d+)/"
 )
 """Objects that belong to a round, a fragment or an image, by its number."""
-
-
-def _debris(ledger: Ledger) -> Iterator[Found]:
-    """What killed writers left: parts of objects, and trial objects."""
-    yield from ledger.store.unfinished()
-    yield from (found for found in ledger.store.list() if found.path.startswith(PREFLIGHT))
 
 
 def _array(ledger: Ledger) -> Iterator[str]:

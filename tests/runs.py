@@ -184,29 +184,26 @@ def until_actor(driver: Command, *above: int) -> None:
 
 def actors(*above: int) -> list[psutil.Process]:
     """The processes below these that hold a model."""
-    found = []
-    for pid in above:
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    if "_Segment" in " ".join(process.cmdline()):
-                        found.append(process)
-    return found
+    return [process for process, title in _titled(*above) if "_Segment" in title]
 
 
 def tasks(*above: int) -> list[psutil.Process]:
     """The processes below these that run a Ray task just now."""
-    found = []
+    others = ("ray::IDLE", "ray::_Seg")
+    return [
+        process
+        for process, title in _titled(*above)
+        if title.startswith("ray::") and not title.startswith(others)
+    ]
+
+
+def _titled(*above: int) -> Iterator[tuple[psutil.Process, str]]:
+    """The processes below these, and their command lines; some end while one looks."""
     for pid in above:
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    title = " ".join(process.cmdline())
-                    if title.startswith("ray::") and not title.startswith(
-                        ("ray::IDLE", "ray::_Seg")
-                    ):
-                        found.append(process)
-    return found
+                    yield process, " ".join(process.cmdline())
 
 
 def until(

@@ -151,12 +151,12 @@ def _of_one_table(
     """The wanted rows of one table; ``wanted`` loses what was answered, so a caller can go on."""
     nbytes = _size(store, path, wanted[0].etag)
     table = pq.ParquetFile(Ranged(store, path, nbytes, wanted[0].etag))
-    column = table.schema.column(_leaf(table, names)).path
+    leaf = _leaf(table, names)
     first = 0
     for group in range(table.num_row_groups):
         after = first + table.metadata.row_group(group).num_rows
         if wanted and first <= int(wanted[0].member or 0) < after:
-            yield from _of_one_group(table, group, column, first, wanted, limit)
+            yield from _of_one_group(table, group, leaf, first, wanted, limit)
         first = after
     while wanted:
         yield EncodedImage(
@@ -178,14 +178,14 @@ def _size(store: Store, path: str, etag: str) -> int:
 def _of_one_group(
     table: pq.ParquetFile,
     group: int,
-    column: str,
+    leaf: int,
     first: int,
     wanted: list[PlannedImage],
     limit: int,
 ) -> Iterator[EncodedImage]:
     row = first
-    about = table.metadata.row_group(group)
-    most = max(1, about.column(_leaf_at(table, column)).total_uncompressed_size)
+    column = table.schema.column(leaf).path
+    most = max(1, table.metadata.row_group(group).column(leaf).total_uncompressed_size)
     rows = min(ROWS, max(1, EXPANDED // most))
     for batch in table.iter_batches(
         batch_size=rows, row_groups=[group], columns=[column], use_threads=False
@@ -200,11 +200,6 @@ def _of_one_group(
         row += len(values)
         if not wanted:
             return
-
-
-def _leaf_at(table: pq.ParquetFile, path: str) -> int:
-    """The place of a leaf column."""
-    return next(i for i in range(len(table.schema.names)) if table.schema.column(i).path == path)
 
 
 def _encoded(image: PlannedImage, value: pa.Scalar, limit: int) -> EncodedImage:

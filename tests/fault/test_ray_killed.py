@@ -28,6 +28,17 @@ def is_agent(process: psutil.Process) -> bool:
     return "agent" in " ".join(process.cmdline()).lower()
 
 
+def below(driver: runs.Command) -> list[psutil.Process]:
+    """What runs below a driver, but for agents."""
+    found = psutil.Process(driver.pid).children(recursive=True)
+    return [process for process in found if not is_agent(process)]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, left = psutil.wait_procs(processes, 60)  # one that was just starting looks late
+    assert not left, "Ray outlives its driver"
+
+
 def test_actors_killed_at_several_points_cost_no_image(
     ray_own_nodes, long_archive, tiny_bundle, long_oracle, tmp_path
 ):
@@ -58,13 +69,11 @@ def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
     words = runs.words(long_archive, run, tiny_bundle)
     with runs.command([*words, "--on", "local"]) as driver:
         runs.until(lambda: runs.committed(run) >= 2 or driver.poll() is not None, "two commits")
-        below = psutil.Process(driver.pid).children(recursive=True)
-        workers = [process for process in below if not is_agent(process)]
+        workers = below(driver)
         assert len(workers) > 3
         driver.kill()
         assert driver.ended() == -signal.SIGKILL
-    _, left = psutil.wait_procs(workers, 60)  # one that was just starting looks late
-    assert not left, "Ray outlives its driver"
+    assert_gone(workers)
     before = runs.commits(run)
     assert len(before) < len(long_oracle["fragments"])
 
@@ -82,14 +91,12 @@ def test_asked_to_stop_a_driver_with_a_ray_of_its_own_ends_and_leaves_nothing_be
     words = runs.words(archive, run, tiny_bundle)
     with runs.command([*words, "--on", "local"]) as driver:
         runs.until(lambda: runs.committed(run) >= 1 or driver.poll() is not None, "a commit")
-        below = psutil.Process(driver.pid).children(recursive=True)
-        below = [process for process in below if not is_agent(process)]
+        workers = below(driver)
         for _ in range(times):
             driver.send_signal(signal.SIGINT)
         assert driver.ended(60) in {EXIT_UNFINISHED, EXIT_REJECTIONS}, driver.out + driver.err
     assert "Traceback" not in driver.err
-    _, left = psutil.wait_procs(below, 60)
-    assert not left, "Ray outlives its driver"
+    assert_gone(workers)
     before = runs.commits(run)
 
     runs.finished(words, tmp_path / "log")

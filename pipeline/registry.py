@@ -25,7 +25,13 @@ from hashlib import sha256
 import pyarrow as pa
 
 from models import Bundle
-from pipeline.errors import RunRefused, RunUnfinished, StorageError, StorageMissing
+from pipeline.errors import (
+    RunRefused,
+    RunUnfinished,
+    StorageError,
+    StorageMissing,
+    refuse_other_format,
+)
 from pipeline.keys import printable
 from pipeline.ledger import now
 from pipeline.storage import PREFLIGHT, Store, check_create_only, open_store
@@ -144,11 +150,7 @@ class Registry:
                 "there with `maskfleet train --out`. "
                 "A folder whose own name holds an @ is written ./name@…"
             ) from None
-        if about.get("format_version") != FORMAT_VERSION:
-            raise RunRefused(
-                f"{store.uri} has format version {about.get('format_version')}, this Maskfleet "
-                f"reads {FORMAT_VERSION}; use the version that wrote it"
-            )
+        refuse_other_format(store.uri, about.get("format_version"), FORMAT_VERSION)
         return cls(store)
 
     @classmethod

@@ -31,6 +31,7 @@ from pipeline.errors import (
     EXIT_REJECTIONS,
     EXIT_UNDECIDED,
     RunRefused,
+    refuse_other_format,
 )
 
 FORMAT_VERSION = 1
@@ -102,11 +103,7 @@ class Spec:
         Raises:
             RunRefused: on another format version, or a field that is missing or unknown.
         """
-        if values.get("format_version") != FORMAT_VERSION:
-            raise RunRefused(
-                f"format version {values.get('format_version')}, this Maskfleet reads "
-                f"{FORMAT_VERSION}; use the version that wrote it"
-            )
+        refuse_other_format("it", values.get("format_version"), FORMAT_VERSION)
         fields = {name: value for name, value in values.items() if name != "format_version"}
         try:
             since = datetime.fromisoformat(fields["since"]).astimezone(UTC)

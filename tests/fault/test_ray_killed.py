@@ -83,21 +83,38 @@ def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
     runs.assert_same(run, long_oracle)
 
 
-RAY_ABORTS = pytest.mark.xfail(
-    reason="a known defect: Ray may abort while two signals end its driver: exit 1 and its trace"
-)
+def test_asked_once_to_stop_a_ray_run_finishes_what_was_begun_and_begins_nothing_more(
+    long_archive, tiny_bundle, long_oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(long_archive, run, tiny_bundle)
+    with runs.command([*words, "--on", "local"]) as driver:
+        runs.until(lambda: runs.committed(run) >= 3 or driver.poll() is not None, "three commits")
+        workers = below(driver)
+        driver.send_signal(signal.SIGINT)
+        assert driver.ended(60) == EXIT_UNFINISHED, driver.out + driver.err
+    assert "Traceback" not in driver.err
+    assert "run the same command again" in driver.err
+    assert_gone(workers)
+    assert runs.rework(run) == 0, "work on a fragment was begun and given up"
+    stopped = runs.commits(run)
+    assert len(stopped) < len(long_oracle["fragments"])
+
+    runs.finished(words, tmp_path / "log")
+    assert stopped.items() <= runs.commits(run).items()
+    assert runs.this_call(run)["fragments"] == len(long_oracle["fragments"]) - len(stopped)
+    runs.assert_same(run, long_oracle)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=RAY_ABORTS)])
-def test_asked_to_stop_a_driver_with_a_ray_of_its_own_ends_and_leaves_nothing_behind(
-    archive, tiny_bundle, oracle, tmp_path, times
+def test_asked_twice_to_stop_a_driver_with_a_ray_of_its_own_ends_at_once_and_leaves_nothing_behind(
+    archive, tiny_bundle, oracle, tmp_path
 ):
     run = tmp_path / "run"
     words = runs.words(archive, run, tiny_bundle)
     with runs.command([*words, "--on", "local"]) as driver:
         runs.until(lambda: runs.committed(run) >= 1 or driver.poll() is not None, "a commit")
         workers = below(driver)
-        for _ in range(times):
+        for _ in range(2):
             driver.send_signal(signal.SIGINT)
         assert driver.ended(60) in {EXIT_UNFINISHED, EXIT_REJECTIONS}, driver.out + driver.err
     assert "Traceback" not in driver.err

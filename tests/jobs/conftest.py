@@ -1,10 +1,19 @@
-"""Commands in process: what they leave behind in it is put back, and the sheet is drawn small."""
+"""Commands in process: what they leave in it is put back; sheets and probes are small."""
 
 import logging
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+from tests import learning
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    """See `learning.quickly`: for a module's own fixtures, too, which may train."""
+    with learning.quickly():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,6 @@ from tests.learning import CLASSIFIES, LEARNS_CLASSES, class_folders
 PICTURES = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with learning.quickly():
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return class_folders(tmp_path_factory.mktemp("labels") / "data", PICTURES)

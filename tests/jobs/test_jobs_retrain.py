@@ -31,12 +31,6 @@ ROUND = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with learning.quickly():
-        yield
-
-
 def words(data, registry, *more) -> list[str]:
     return [str(word) for word in (data, "--out", registry, *ROUND, *more)]
 

@@ -28,12 +28,6 @@ ONCE = ("--set", "length=1", "--set", "rate.warmup=0")
 NAMES = ("--name", "blobs")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with learning.quickly():
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return learning.folder(tmp_path_factory.mktemp("labels") / "data", PICTURES)

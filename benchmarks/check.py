@@ -28,7 +28,7 @@ from benchmarks.record import commit, machine
 from benchmarks.storage import measured
 from pipeline.batch import STEPS
 from pipeline.create import read_bundle
-from pipeline.infer import keep_freed_memory
+from pipeline.heap import keep_freed_memory
 
 RECORDED = Path(__file__).parent / "ratios.json"
 SHIPPED = Path(__file__).parents[1] / "docs" / "pictures" / "loose"

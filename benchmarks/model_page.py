@@ -16,7 +16,7 @@ import torch
 import models
 from benchmarks.models import FORMS, answer, forms, lively, trained, turns
 from benchmarks.record import machine
-from pipeline.infer import keep_freed_memory
+from pipeline.heap import keep_freed_memory
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 CLASSES = 19  # Cityscapes', the commonest count in the papers

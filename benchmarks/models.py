@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import models
 from benchmarks.record import record
 from benchmarks.tutorial import AsWritten
-from pipeline.infer import keep_freed_memory
+from pipeline.heap import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 CHOSEN = (

@@ -19,8 +19,11 @@ from pipeline.errors import (
     RunUnfinished,
     StorageBusy,
 )
+from pipeline.heap import one_arena
 
 log = logging.getLogger("maskfleet")
+
+one_arena()  # here, for a command imports pyarrow next, and that has a thread of its own
 
 INTERRUPTED = "interrupted: what is committed stays; run the same command again to go on"
 

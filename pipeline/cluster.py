@@ -73,7 +73,7 @@ FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAU
 """Where the store is; never who we are: workers find credentials in their own chain."""
 WORKERS = {"MALLOC_ARENA_MAX": "1"}
 """What glibc must know when a worker starts: Ray's threads have made their arenas before our code
-runs, and memory freed in one never serves another (`pipeline.infer.keep_freed_memory`)."""
+runs, and memory freed in one never serves another (`pipeline.heap.one_arena`)."""
 
 KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
 """Ray ends task workers beyond its count of cores after an idle second, though fragments are longer

@@ -8,7 +8,6 @@ half-pixel centres), reduced to labels, and forgotten. A classifier's scores end
 Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
 """
 
-import ctypes
 import math
 import os
 import threading
@@ -25,12 +24,12 @@ from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
+from pipeline.heap import Level, keep_freed_memory
 from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
-TRIM_S = 3.0  # a trim costs the faults of some hundred megabytes, under 0.1 s: 3 % at most
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -86,7 +85,7 @@ class Segmenter:
         self._identity = ids == list(range(len(ids)))
         self._kind = kind
         self._lock = threading.Lock() if self.device.type != "cpu" else _NoLock()
-        self._trimmed = time.monotonic()
+        self._level = Level()
         self._most_tiles: dict[tuple[int, int], int] = {}
         """Tiles of a padded shape that fit the memory, learnt from running out of it."""
 
@@ -227,10 +226,8 @@ class Segmenter:
         return pinned_HWC.to(self.device, non_blocking=True).to(torch.float32)
 
     def between_fragments(self) -> None:
-        """Now and then give back the holes that pictures of many sizes leave in the heap."""
-        if time.monotonic() - self._trimmed > TRIM_S:
-            self._trimmed = time.monotonic()
-            give_back_memory()
+        """Give back the holes that pictures of many sizes leave in the heap, if they are many."""
+        self._level.keep()
 
     # -------------------------------------------------------------------------------- finishing
 
@@ -472,26 +469,6 @@ class _NoLock:
         pass
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed instead of giving it back after every operation.
-
-    Page faults cost as much as the arithmetic otherwise (MODELS §1.6.10: 980 -> 490 ms a picture).
-    Nothing happens where there is no glibc.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
-        # One arena for all threads: those of their own never give each other what they have freed
-        # (growth over 10,000 pictures), and map and unmap their heaps in 64 MB pieces. Arenas that
-        # are there by now stay; a Ray worker has many and is told at its start (cluster.py).
-        libc.mallopt(m_arena_max, 1)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2_000_000_000)
-        libc.mallopt(m_top_pad, 64 * 1024**2)
-    except (OSError, AttributeError):
-        return
-
-
 def few_primitives() -> None:
     """Tell torch to keep the code of few shapes, if it has not begun yet.
 
@@ -502,11 +479,3 @@ def few_primitives() -> None:
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(PRIMITIVES))
-
-
-def give_back_memory() -> None:
-    """Return free pages to the system; nothing happens where there is no glibc."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return

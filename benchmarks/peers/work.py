@@ -16,7 +16,7 @@ from numcodecs import Zstd
 from benchmarks.peers.command import Command
 from benchmarks.tutorial import AsWritten
 from models import load_bundle
-from pipeline.infer import keep_freed_memory
+from pipeline.heap import keep_freed_memory
 
 ROWS = pa.schema(
     {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from models.latent_attention import Config
+from models.latent_attention import Config, FoldedStem
 
 PLUS = {"variant": "plus", "size": "xs"}
 VARIANTS = pytest.mark.parametrize("config", [{}, PLUS], ids=["seed", "plus"])
@@ -172,6 +172,18 @@ def test_the_interior_of_a_constant_picture_is_one_score():
     logits_KhwInside = model(torch.full((1, 3, 96, 96), 0.7), native=True)[0, :, 4:-4, 4:-4]
 
     assert torch.equal(logits_KhwInside, logits_KhwInside[:, :1, :1].expand_as(logits_KhwInside))
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (64, 48), (121, 333), (130, 2050)])
+def test_the_folded_stem_in_strips_is_the_plain_one_bit_for_bit(monkeypatch, size, number):
+    monkeypatch.setattr("models.latent_attention.STEM_STRIP", 100_000)  # many strips, or rows alone
+    stem = lively({}).encoder.to(number)
+    x_BCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(number)
+    sizes_B2 = torch.tensor([size, (4, 4)])
+    with torch.inference_mode():
+        for sizes in (None, sizes_B2):
+            assert torch.equal(FoldedStem(stem)(x_BCHW, sizes), stem(x_BCHW, sizes))
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "m", "l"])

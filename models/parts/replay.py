@@ -22,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-AFTER = 12  # pictures of a shape: recording costs as much as some five of them
+AFTER = 100  # pictures of a shape: recording costs as much as some eight, and saves a tenth of each
 MOST = 32  # shapes; beyond that they come too seldom
 WARM_UP = 3  # calls in which torch looks at a recording before it settles how to run it
 

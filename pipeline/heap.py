@@ -12,8 +12,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 MB = 1024**2
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LEARN_S = 30.0  # in which a process shows how much it needs at a time
-ROOM = 1.15  # times that much may be resident before holes are given back
-PAUSE_S = 3.0  # after a trim: it costs the faults of what is needed again, up to 0.3 s a gigabyte
+PAUSE_S = 3.0  # after a trim: it costs the faults of what is needed again, some 0.3 s a gigabyte
 
 
 def one_arena() -> None:
@@ -46,7 +45,7 @@ def _mallopt(*options: tuple[int, int]) -> None:
 
 
 class Level:
-    """Keeps resident memory near what the process needed in its first half minute.
+    """Keeps resident memory at what the process needed in its first half minute.
 
     Pictures of many sizes leave holes in the heap. Most are soon filled again, so giving them back
     all the time costs page faults (every 3 s: 6 % of the time, 2026-11-29); never, and a process
@@ -62,7 +61,7 @@ class Level:
         now, resident = time.monotonic(), _resident()
         if now - self._began < LEARN_S:
             self._level = max(self._level, resident)
-        elif resident > ROOM * self._level and now - self._trimmed > PAUSE_S:
+        elif resident > self._level and now - self._trimmed > PAUSE_S:
             self._trimmed = now
             _trim()
 

@@ -64,6 +64,9 @@ def head() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+STORE_KEYS = {"AWS_ACCESS_KEY_ID": "CANARYKEYID", "AWS_SECRET_ACCESS_KEY": "canary/secret+key"}
+"""What a job's submitter may have in the environment, and what nobody may read in a listing."""
+
 # A second node is refused where that switch keeps Ray on loopback (conftest.py): so it is on for
 # this one moment, and what it would do to addresses is undone.
 START = """
@@ -153,7 +156,7 @@ def test_a_jobs_exit_code_is_the_drivers_and_its_log_is_there(head, finished):
     # where Ray's own client would rather go
     elsewhere = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
     words = ["--address", head, "status", finished]
-    out, err = ours("submit", *words, code=EXIT_REJECTIONS, **elsewhere)
+    out, err = ours("submit", *words, code=EXIT_REJECTIONS, **elsewhere, **STORE_KEYS)
     assert "60 done, 5 rejected" in out.replace("\n", " ")
     assert "ended with exit code 3" in err
     job_id = next(word for word in err.split() if word.startswith("mf-status-"))
@@ -161,7 +164,9 @@ def test_a_jobs_exit_code_is_the_drivers_and_its_log_is_there(head, finished):
     assert (job["exit_code"], job["status"], job["metadata"]["command"]) == (3, "FAILED", "status")
     logged, _ = ours("jobs", "logs", job_id, "--address", head, code=0)
     assert logged == out
-    assert token() not in json.dumps(asked(head, "/api/jobs/"))
+    told = json.dumps(asked(head, "/api/jobs/")) + out + err
+    assert job_id in told
+    assert not [secret for secret in (token(), *STORE_KEYS.values()) if secret in told]
 
 
 @pytest.mark.timeout(300)

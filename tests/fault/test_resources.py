@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import open_run
-from pipeline.errors import EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
+from pipeline.errors import EXIT_DONE, EXIT_REFUSED, EXIT_REJECTIONS, EXIT_UNFINISHED
 from pipeline.ledger import Ledger
 from pipeline.storage import open_store
 from pipeline.storage.local import PART
@@ -86,7 +86,52 @@ def test_a_disk_that_fills_up_stops_the_run_and_with_room_it_goes_on(
     runs.assert_same(run, whole.content)
 
 
+def remounted(disk: Path, how: str) -> bool:
+    """Whether a disk is now mounted so; one that is being written to cannot be made read-only."""
+    mount = ["mount", "-o", f"remount,{how}", str(disk)]
+    return subprocess.run(mount, check=False, capture_output=True).returncode == 0
+
+
+def test_a_disk_that_becomes_read_only_stops_the_run_and_once_writable_it_goes_on(
+    long_archive, tiny_bundle, long_oracle, disk, tmp_path
+):
+    """As the kernel does it to a disk that fails."""
+    folder = disk("size", 500 * MB)
+    run = folder / "run"
+    words, log = runs.words(long_archive, run, tiny_bundle), tmp_path / "log"
+    with runs.driver(words, log) as driver:
+        runs.until(lambda: runs.committed(run) >= 2, "two commits")
+        runs.until(lambda: remounted(folder, "ro"), "a moment in which nothing is written")
+        assert driver.wait() == EXIT_UNFINISHED, driver.said
+    assert "Read-only file system; when that is mended, run the same command again" in driver.said
+    before = runs.commits(run)
+    assert 2 <= len(before) < len(long_oracle["fragments"])
+    assert verify(Ledger.open(open_store(str(run)))).problems == []
+
+    assert remounted(folder, "rw")
+    runs.finished(words, log)
+    assert before.items() <= runs.commits(run).items()
+    runs.assert_same(run, long_oracle)
+
+
 # -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_encoded_pictures_of_several_times_rays_object_store_pass_through_it(tiny_bundle, tmp_path):
+    """What does not fit is spilled to disk, and Ray Data holds back what would come next."""
+    behind = bytes(12 * MB)  # what decoders leave alone: much to carry, little to compute
+    pictures = {f"{number}.jpg": jpeg(60, 80, number) + behind for number in range(14)}
+    source = filled(tmp_path / "in", pictures)
+    held = tmp_path / "held" / "run"
+    words = runs.words(source, held, tiny_bundle, "--fragment.images", "2")
+    runs.finished(words, tmp_path / "log", EXIT_DONE)
+
+    run = tmp_path / "run"
+    words = runs.words(source, run, tiny_bundle, "--fragment.images", "2", "--on", "local")
+    with runs.command([*words, "--compute.object-store-mb", "80"]) as driver:
+        assert driver.ended(200) == EXIT_DONE, driver.out + driver.err
+    runs.assert_same(run, runs.content(held))
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ modules: NCHW, ReLU before the maximum, `nn.MultiheadAttention` with its weights
     python -m benchmarks.tutorial BUNDLE      # the net with random weights, for benchmarks.peers
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ def _attention(ours: nn.Module) -> nn.MultiheadAttention:
 
 def main() -> None:
     """Write a bundle whose pixels do not all get the same answer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
     torch.manual_seed(0)
     model = models.build("latent_attention", classes=CLASSES).eval()
     with torch.no_grad():
@@ -80,7 +83,7 @@ def main() -> None:
         provenance={"data": "none: random weights, for benchmarks"},
         metrics={},
     )
-    models.save_bundle(sys.argv[1], model, card)
+    models.save_bundle(parser.parse_args().bundle, model, card)
 
 
 if __name__ == "__main__":

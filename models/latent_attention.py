@@ -331,7 +331,8 @@ class FoldedStem(nn.Module):
 
     def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
         """See `Stem.forward`."""
-        if x_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
+        elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
+        if elsewhere or torch.is_grad_enabled() or not len(x_BCHW):
             return self.plain(x_BCHW, sizes_B2)
         x_BCHW = cleared(x_BCHW.contiguous(memory_format=torch.channels_last), sizes_B2)
         for level, conv in enumerate((self.plain.conv1, self.plain.conv2), start=1):
@@ -345,7 +346,10 @@ def _strips_halved(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
     batch, _, height, width = x_BCHW.shape
     features, h, w = conv.out_channels, height // 2, width // 2
     out_BhwF = x_BCHW.new_empty(batch, h, w, features)
-    strip = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)
+    most = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)
+    # Strips alike, for torch leaves oneDNN where very little is left for the last one (2.13: under
+    # 20,480 values, of one picture), and other code gives other last bits.
+    strip = max(1, -(-h // -(-h // most))) if h else 1
     x_BCHW = pad(x_BCHW, (0, 0, 1, 1))
     for top in range(0, h, strip):
         end = min(top + strip, h)

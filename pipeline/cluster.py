@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -112,7 +113,7 @@ class OnRay:
         try:
             if self._local:
                 _guard()
-            with _hushed():
+            with _hushed(), _signals_kept():
                 if self._local:
                     memory = self._compute.object_store_mb * 1024**2
                     cores = len(os.sched_getaffinity(0))
@@ -131,10 +132,12 @@ class OnRay:
                     here = Path(__file__).parent.parent
                     shipped["py_modules"] = [str(here / "pipeline"), str(here / "models")]
                     ray.init(address=where, **common)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise RunRefused(
-                f"--on {where}: cannot reach a Ray cluster there: {error}{head.hint(where)}"
-            ) from error
+        except (RunRefused, MemoryError):
+            raise
+        except Exception as error:  # Ray's own, OSError, ValueError, and plain ones of its start
+            what = "start a Ray cluster here" if self._local else "reach a Ray cluster there"
+            hint = head.crowded() if self._local else head.hint(where)
+            raise RunRefused(f"--on {where}: cannot {what}: {error}{hint}") from error
         self._connected = True
         self._ending = head.watched(ray.get_runtime_context().gcs_address)
         if self._compute.device == "cuda" and not (_gpus_there() or _autoscaling()):
@@ -183,6 +186,8 @@ class OnRay:
         """See `pipeline.place.Place.run`."""
         self.connect()
         todo = list(tasks)
+        if stop.is_set():
+            return
         _same_folder_everywhere(run_uri, self._compute.no_progress_s)
         _tune(self._compute)
         with in_our_words(), Stopping(stop) as stopping:
@@ -336,6 +341,17 @@ def _hushed() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """SIGTERM means what it meant: Ray's start makes it an exit on the spot, with code 15."""
+    heard = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(heard) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heard)
 
 
 def _quiet() -> None:

@@ -8,7 +8,9 @@ for.
 
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 
@@ -19,6 +21,7 @@ log = logging.getLogger("maskfleet")
 RAYS_PATIENCE_S = 60.0  # Ray 2.60's default
 SHARE = 0.7  # of Ray's patience, so that we are first
 LOOKS = 10  # at the head in that time
+WANTED_BYTES = 50 * 1024**2  # logs and sockets of a session; what is spilled comes later
 
 
 def watched(address: str) -> threading.Event:
@@ -39,6 +42,21 @@ def hint(address: str) -> str:
     return (
         "; something listens there: is it a head of Ray 2.60, and is the token "
         "(~/.ray/auth_token, RAY_AUTH_TOKEN_PATH) the cluster's?"
+    )
+
+
+def crowded() -> str:
+    """What may be wrong where a cluster of our own does not start: Ray writes to a folder first."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"; Ray keeps its session in {folder}: {error.strerror}"
+    if free > WANTED_BYTES:
+        return ""
+    return (
+        f"; {folder}, where Ray keeps its session, has {free // 1024**2} MB left: free some, or "
+        "set RAY_TMPDIR to another folder"
     )
 
 

@@ -1,4 +1,4 @@
-"""The heap of a process that predicts: kept between operations, given back when it outgrows itself.
+"""The heap of a process that predicts: kept between operations, its holes given back now and then.
 
 All of it concerns glibc; where there is none nothing happens.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 MB = 1024**2
 PAGE = os.sysconf("SC_PAGE_SIZE")
-LEARN_S = 30.0  # in which a process shows how much it needs at a time
-PAUSE_S = 3.0  # after a trim: it costs the faults of what is needed again, some 0.3 s a gigabyte
+PAUSE_S = 3.0  # between two trims at least
+S_PER_GB = 15.0  # and for each gigabyte that one gave back: it costs some 0.3 s of faults, so 2 %
 
 
 def one_arena() -> None:
@@ -44,26 +44,25 @@ def _mallopt(*options: tuple[int, int]) -> None:
         return
 
 
-class Level:
-    """Keeps resident memory at what the process needed in its first half minute.
+class Holes:
+    """Gives back the holes that pictures of many sizes leave in the heap, as often as it is cheap.
 
-    Pictures of many sizes leave holes in the heap. Most are soon filled again, so giving them back
-    all the time costs page faults (every 3 s: 6 % of the time, 2026-11-29); never, and a process
-    creeps from 500 to 850 MB in 10,000 pictures.
+    Most are soon filled again, each page at the cost of a fault: a gigabyte every 3 s is 6 % of the
+    time (2026-11-29). Never, and a process creeps from 500 to 850 MB in 10,000 pictures.
     """
 
     def __init__(self) -> None:
-        self._began = self._trimmed = time.monotonic()
-        self._level = 0
+        self._next = time.monotonic() + PAUSE_S
 
-    def keep(self) -> None:
-        """Look between fragments, and give back where it has come to too much."""
-        now, resident = time.monotonic(), _resident()
-        if now - self._began < LEARN_S:
-            self._level = max(self._level, resident)
-        elif resident > self._level and now - self._trimmed > PAUSE_S:
-            self._trimmed = now
-            _trim()
+    def give_back(self) -> None:
+        """Between fragments."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        before = _resident()
+        _trim()
+        given = max(0, before - _resident())
+        self._next = now + max(PAUSE_S, S_PER_GB * given / 1024**3)
 
 
 def _resident() -> int:

@@ -24,7 +24,7 @@ from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
-from pipeline.heap import Level, keep_freed_memory
+from pipeline.heap import Holes, keep_freed_memory
 from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
@@ -85,7 +85,7 @@ class Segmenter:
         self._identity = ids == list(range(len(ids)))
         self._kind = kind
         self._lock = threading.Lock() if self.device.type != "cpu" else _NoLock()
-        self._level = Level()
+        self._holes = Holes()
         self._most_tiles: dict[tuple[int, int], int] = {}
         """Tiles of a padded shape that fit the memory, learnt from running out of it."""
 
@@ -226,8 +226,8 @@ class Segmenter:
         return pinned_HWC.to(self.device, non_blocking=True).to(torch.float32)
 
     def between_fragments(self) -> None:
-        """Give back the holes that pictures of many sizes leave in the heap, if they are many."""
-        self._level.keep()
+        """Now and then give back the holes that pictures of many sizes leave in the heap."""
+        self._holes.give_back()
 
     # -------------------------------------------------------------------------------- finishing
 

@@ -198,8 +198,9 @@ class RayNodes:
 
     @property
     def raylets(self) -> list[int]:
-        """Process ids of the two workers' raylets; everything that runs there is below them."""
-        return [node.all_processes["raylet"][0].process.pid for node in self.workers]
+        """Process ids of the workers' raylets, less killed ones; all that runs is below them."""
+        running = [node.all_processes for node in self.workers]
+        return [found["raylet"][0].process.pid for found in running if "raylet" in found]
 
     def kill(self, worker: int) -> None:
         """SIGKILL one worker node and everything on it; Ray notices after about 15 s."""

@@ -189,7 +189,8 @@ def actors(*above: int) -> list[psutil.Process]:
 
 def tasks(*above: int) -> list[psutil.Process]:
     """The processes below these that run a Ray task just now."""
-    others = ("ray::IDLE", "ray::_Seg")
+    # an agent is no task: its raylet, and so its node, ends with it
+    others = ("ray::IDLE", "ray::_Seg", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
     return [
         process
         for process, title in _titled(*above)

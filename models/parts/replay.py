@@ -22,7 +22,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-AFTER = 100  # pictures of a shape: recording costs as much as some eight, and saves a tenth of each
+AFTER = (
+    100  # pictures of a shape: recording costs as much as some eight, saves a tenth of each or less
+)
 MOST = 32  # shapes; beyond that they come too seldom
 WARM_UP = 3  # calls in which torch looks at a recording before it settles how to run it
 

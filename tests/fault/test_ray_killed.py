@@ -83,15 +83,16 @@ def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
     runs.assert_same(run, long_oracle)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_once_to_stop_a_ray_run_finishes_what_was_begun_and_begins_nothing_more(
-    long_archive, tiny_bundle, long_oracle, tmp_path
+    long_archive, tiny_bundle, long_oracle, tmp_path, number
 ):
     run = tmp_path / "run"
     words = runs.words(long_archive, run, tiny_bundle)
     with runs.command([*words, "--on", "local"]) as driver:
         runs.until(lambda: runs.committed(run) >= 3 or driver.poll() is not None, "three commits")
         workers = below(driver)
-        driver.send_signal(signal.SIGINT)
+        driver.send_signal(number)
         assert driver.ended(60) == EXIT_UNFINISHED, driver.out + driver.err
     assert "Traceback" not in driver.err
     assert "run the same command again" in driver.err

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,21 @@ def test_a_disk_that_becomes_read_only_stops_the_run_and_once_writable_it_goes_o
     runs.finished(words, log)
     assert before.items() <= runs.commits(run).items()
     runs.assert_same(run, long_oracle)
+
+
+def test_without_room_for_rays_session_a_run_is_refused_and_told_so(
+    archive, tiny_bundle, disk, tmp_path
+):
+    folder = disk("size", MB)
+    (folder / "full").write_bytes(bytes(MB - PAGE))
+    words = runs.words(archive, tmp_path / "run", tiny_bundle, "--on", "local")
+    with tempfile.TemporaryDirectory(prefix="mf-") as short:  # Ray's sockets want a short path
+        link = Path(short, "t")
+        link.symlink_to(folder)
+        with runs.command(words, environment={"TMPDIR": str(link)}) as driver:
+            assert driver.ended(100) == EXIT_REFUSED, driver.out + driver.err
+    assert "where Ray keeps its session, has 0 MB left" in driver.err
+    assert "Traceback" not in driver.err
 
 
 # -- memory --------------------------------------------------------------------------------------

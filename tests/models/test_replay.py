@@ -65,7 +65,8 @@ def test_what_looks_at_values_is_found_out_and_not_replayed():
     assert grid.calls == replay.AFTER + 1 + 5
 
 
-def test_threads_may_share_it(model):
+def test_threads_may_share_it(model, monkeypatch):
+    monkeypatch.setattr(replay, "AFTER", 12)  # recorded while others are at it
     replayed = Replayed(model, model.grid)
     pictures = [torch.randn(1, 3, 48, 48) for _ in range(40)]
 

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import heap
 
+GB = 1024**3
 ARENAS = """
 import ctypes, threading
 import jobs
@@ -37,51 +38,36 @@ def test_threads_of_a_command_share_one_arena():
 
 
 class Machine:
-    """A clock and resident memory that a test sets, and how often holes were given back."""
+    """A clock, and a heap of which every trim gives so much back."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now, self.resident, self.trims = 100.0, 0, 0
+    def __init__(self, patch: pytest.MonkeyPatch, given: int) -> None:
+        self.now, self.resident, self.given, self.trims = 100.0, 10 * GB, given, []
         patch.setattr(heap.time, "monotonic", lambda: self.now)
         patch.setattr(heap, "_resident", lambda: self.resident)
         patch.setattr(heap, "_trim", self.trim)
 
     def trim(self) -> None:
-        self.trims += 1
+        self.trims.append(self.now - 100.0)
+        self.resident -= self.given
 
-    def after(self, seconds: float, resident: int, level: heap.Level) -> int:
-        """How often it has given back, once so much is resident so much later."""
-        self.now += seconds
-        self.resident = resident
-        level.keep()
+    def run(self, seconds: int) -> list[float]:
+        """When it gave back, if a fragment ends every second."""
+        holes = heap.Holes()
+        for _ in range(seconds):
+            self.now += 1.0
+            holes.give_back()
         return self.trims
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    return Machine(monkeypatch)
+def test_small_holes_are_given_back_every_few_seconds(monkeypatch):
+    assert Machine(monkeypatch, given=GB // 100).run(10) == [3.0, 6.0, 9.0]
 
 
-def test_at_first_it_only_learns(machine):
-    level = heap.Level()
-    assert [machine.after(7, resident, level) for resident in (300, 900, 500, 800)] == [0] * 4
+def test_what_costs_more_is_given_back_less_often(monkeypatch):
+    assert Machine(monkeypatch, given=GB).run(40) == [3.0, 18.0, 33.0]
 
 
-def test_afterwards_it_gives_back_what_is_more_than_it_needed_then(machine):
-    level = heap.Level()
-    machine.after(10, 500, level)
-    machine.after(heap.LEARN_S, 400, level)
-    assert machine.after(1, 500, level) == 0
-    assert machine.after(1, 501, level) == 1
-
-
-def test_after_giving_back_it_pauses(machine):
-    level = heap.Level()
-    machine.after(10, 500, level)
-    assert machine.after(heap.LEARN_S, 600, level) == 1
-    assert machine.after(heap.PAUSE_S / 2, 600, level) == 1
-    assert machine.after(heap.PAUSE_S, 600, level) == 2
-
-
-def test_where_the_kernel_does_not_say_it_gives_nothing_back(machine):
-    level = heap.Level()
-    assert [machine.after(heap.LEARN_S, 0, level) for _ in range(3)] == [0] * 3
+def test_where_the_kernel_does_not_say_holes_are_given_back_all_the_same(monkeypatch):
+    machine = Machine(monkeypatch, given=0)
+    machine.resident = 0
+    assert machine.run(7) == [3.0, 6.0]

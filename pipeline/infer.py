@@ -76,7 +76,7 @@ class Segmenter:
             work = "scores" if self.bundle.task == "classify" else "grid"
             setattr(self.model, work, torch.compile(getattr(self.model, work)))
         elif self.device.type == "cpu" and self.model.replays:
-            self.model.grid = Replayed(self.model, self.model.grid)
+            self.model.grid = Replayed(self.model.grid)
         ids = [entry.id for entry in self.bundle.classes]
         self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
         self.fill = int(np.iinfo(self.dtype).max)

@@ -14,18 +14,16 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-AFTER = (
-    100  # pictures of a shape: recording costs as much as some eight, saves a tenth of each or less
-)
-MOST = 32  # shapes; beyond that they come too seldom
+AFTER = 100  # pictures of a shape: recording costs as much as some six, saves a tenth or less
+MOST = 6  # shapes: each recording keeps some 7 MB (2026-11-29, `plus`)
 WARM_UP = 3  # calls in which torch looks at a recording before it settles how to run it
 
 # Of reading shapes as numbers: the reason why there is a recording for each shape. Once for the
@@ -37,8 +35,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.trace", category=Deprecat
 class Replayed:
     """`grid` of a model on a CPU."""
 
-    def __init__(self, model: nn.Module, grid: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        self._work = _Work(model, grid)
+    def __init__(self, grid: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         self._grid = grid
         self._met: Counter[tuple[Any, ...]] = Counter()
         self._recorded: dict[tuple[Any, ...], Any] = {}
@@ -60,20 +57,12 @@ class Replayed:
             self._record(shape, x_BCHW, answer)
         return answer
 
+    def _alone(self, x_BCHW: Tensor) -> Tensor:
+        return self._grid(x_BCHW, None)
+
     def _record(self, shape: tuple[Any, ...], x_BCHW: Tensor, answer: Tensor) -> None:
-        recorded = cast("nn.Module", torch.jit.trace(self._work, x_BCHW, check_trace=False))
+        # A function, not a module: of that torch would record the parts, twice as large and slow.
+        recorded: Any = torch.jit.trace(self._alone, x_BCHW, check_trace=False)
         again = [recorded(x_BCHW) for _ in range(WARM_UP)]
         if torch.equal(again[-1], answer):
             self._recorded[shape] = recorded
-
-
-class _Work(nn.Module):
-    """What is recorded: the model with its parameters, and which of its work."""
-
-    def __init__(self, model: nn.Module, grid: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        super().__init__()
-        self.model, self._grid = model, grid
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """See `Segmenter.grid`."""
-        return self._grid(x_BCHW, None)

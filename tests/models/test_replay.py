@@ -29,7 +29,7 @@ def model(request):
 @torch.inference_mode()
 def test_the_answers_are_the_same_bit_for_bit_before_and_after(model):
     grid = Counting(model.grid)
-    replayed = Replayed(model, grid)
+    replayed = Replayed(grid)
     pictures = [torch.randn(1, 3, 64, 96) for _ in range(replay.AFTER + 6)]
 
     for x_BCHW in pictures:
@@ -42,7 +42,7 @@ def test_the_answers_are_the_same_bit_for_bit_before_and_after(model):
 def test_every_shape_has_a_recording_of_its_own_and_only_so_many_have_one(model, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 2)
     grid = Counting(model.grid)
-    replayed = Replayed(model, grid)
+    replayed = Replayed(grid)
 
     for side in (32, 48, 64):
         for _ in range(replay.AFTER + 2):
@@ -54,10 +54,9 @@ def test_every_shape_has_a_recording_of_its_own_and_only_so_many_have_one(model,
 
 @torch.inference_mode()
 def test_what_looks_at_values_is_found_out_and_not_replayed():
-    model = models.build("latent_attention").eval().folded()
     turns = iter(range(10**6))
     grid = Counting(lambda x_BCHW, _: x_BCHW * next(turns))  # differs from call to call
-    replayed = Replayed(model, grid)
+    replayed = Replayed(grid)
 
     for _ in range(replay.AFTER + 5):
         replayed(torch.ones(1, 3, 8, 8), None)
@@ -67,7 +66,7 @@ def test_what_looks_at_values_is_found_out_and_not_replayed():
 
 def test_threads_may_share_it(model, monkeypatch):
     monkeypatch.setattr(replay, "AFTER", 12)  # recorded while others are at it
-    replayed = Replayed(model, model.grid)
+    replayed = Replayed(model.grid)
     pictures = [torch.randn(1, 3, 48, 48) for _ in range(40)]
 
     @torch.inference_mode()

@@ -124,7 +124,7 @@ def test_without_room_for_rays_session_a_run_is_refused_and_told_so(
     with tempfile.TemporaryDirectory(prefix="mf-") as short:  # Ray's sockets want a short path
         link = Path(short, "t")
         link.symlink_to(folder)
-        with runs.command(words, environment={"TMPDIR": str(link)}) as driver:
+        with runs.command(words, environment={"RAY_TMPDIR": str(link)}) as driver:
             assert driver.ended(100) == EXIT_REFUSED, driver.out + driver.err
     assert "where Ray keeps its session, has 0 MB left" in driver.err
     assert "Traceback" not in driver.err

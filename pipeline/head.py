@@ -47,7 +47,7 @@ def hint(address: str) -> str:
 
 def crowded() -> str:
     """What may be wrong where a cluster of our own does not start: Ray writes to a folder first."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:

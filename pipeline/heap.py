@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.
 MB = 1024**2
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAUSE_S = 3.0  # between two trims at least
-S_PER_GB = 15.0  # and for each gigabyte that one gave back: it costs some 0.3 s of faults, so 2 %
+S_PER_GB = 30.0  # and for each gigabyte that one gave back: it costs some 0.3 s of faults, so 1 %
 
 
 def one_arena() -> None:

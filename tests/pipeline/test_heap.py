@@ -64,7 +64,7 @@ def test_small_holes_are_given_back_every_few_seconds(monkeypatch):
 
 
 def test_what_costs_more_is_given_back_less_often(monkeypatch):
-    assert Machine(monkeypatch, given=GB).run(40) == [3.0, 18.0, 33.0]
+    assert Machine(monkeypatch, given=GB).run(70) == [3.0, 33.0, 63.0]
 
 
 def test_where_the_kernel_does_not_say_holes_are_given_back_all_the_same(monkeypatch):

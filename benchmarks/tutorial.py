@@ -68,6 +68,7 @@ def main() -> None:
     """Write a bundle whose pixels do not all get the same answer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
+    given = parser.parse_args()
     torch.manual_seed(0)
     model = models.build("latent_attention", classes=CLASSES).eval()
     with torch.no_grad():
@@ -83,7 +84,7 @@ def main() -> None:
         provenance={"data": "none: random weights, for benchmarks"},
         metrics={},
     )
-    models.save_bundle(parser.parse_args().bundle, model, card)
+    models.save_bundle(given.bundle, model, card)
 
 
 if __name__ == "__main__":

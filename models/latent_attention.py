@@ -218,10 +218,16 @@ class Stem(nn.Module):
         """x_BFhw; zero outside of the items, as the convolutions need it."""
         x_BCHW = cleared(x_BCHW.contiguous(memory_format=torch.channels_last), sizes_B2)
         for level, conv in enumerate((self.conv1, self.conv2), start=1):
-            # The maximum first: it commutes with ReLU and leaves it a quarter of the work.
-            x_BCHW = relu(max_pool2d(conv(x_BCHW), 2))
+            x_BCHW = self.pooled(conv, x_BCHW)
             x_BCHW = cleared(x_BCHW, None if sizes_B2 is None else sizes_B2 // 2**level)
         return x_BCHW
+
+    def pooled(self, conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+        """A convolution, the 2 x 2 maximum of it, and ReLU: x_BFhw.
+
+        The maximum first: it commutes with ReLU and leaves it a quarter of the work.
+        """
+        return relu(max_pool2d(conv(x_BCHW), 2))
 
 
 class Experts(nn.Module):
@@ -316,7 +322,7 @@ class FoldedSeed(Segmenter):
         return logits_BTK.mT.unflatten(2, x_BFhw.shape[-2:])
 
 
-class FoldedStem(nn.Module):
+class FoldedStem(Stem):
     """`Stem`, on a CPU in strips of rows.
 
     What a convolution writes is four times as large as the maximum that follows: in strips it is
@@ -326,19 +332,15 @@ class FoldedStem(nn.Module):
     """
 
     def __init__(self, plain: Stem) -> None:
-        super().__init__()
-        self.plain = plain
+        nn.Module.__init__(self)  # not Stem's: its convolutions are those of the plain one
+        self.conv1, self.conv2 = plain.conv1, plain.conv2
 
-    def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
-        """See `Stem.forward`."""
+    def pooled(self, conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+        """See `Stem.pooled`."""
         elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
         if elsewhere or torch.is_grad_enabled() or not len(x_BCHW):
-            return self.plain(x_BCHW, sizes_B2)
-        x_BCHW = cleared(x_BCHW.contiguous(memory_format=torch.channels_last), sizes_B2)
-        for level, conv in enumerate((self.plain.conv1, self.plain.conv2), start=1):
-            x_BCHW = _strips_halved(conv, x_BCHW).relu_()
-            x_BCHW = cleared(x_BCHW, None if sizes_B2 is None else sizes_B2 // 2**level)
-        return x_BCHW
+            return super().pooled(conv, x_BCHW)
+        return _strips_halved(conv, x_BCHW).relu_()
 
 
 def _strips_halved(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
@@ -349,7 +351,8 @@ def _strips_halved(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
     most = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)
     # Strips alike, for torch leaves oneDNN where very little is left for the last one (2.13: under
     # 20,480 values, of one picture), and other code gives other last bits.
-    strip = max(1, -(-h // -(-h // most))) if h else 1
+    strips = -(-h // most)
+    strip = -(-h // strips)
     x_BCHW = pad(x_BCHW, (0, 0, 1, 1))
     for top in range(0, h, strip):
         end = min(top + strip, h)

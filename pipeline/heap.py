@@ -6,6 +6,7 @@ All of it concerns glibc; where there is none nothing happens.
 import ctypes
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
@@ -23,7 +24,7 @@ def one_arena() -> None:
     time went into page faults (2026-11-29). Arenas that are there already stay; so commands begin
     with this (jobs/__init__.py), and a Ray worker is told at its start (cluster.py).
     """
-    _mallopt((M_ARENA_MAX, 1))
+    _glibc("mallopt", M_ARENA_MAX, 1)
 
 
 def keep_freed_memory() -> None:
@@ -32,16 +33,13 @@ def keep_freed_memory() -> None:
     Page faults cost as much as the arithmetic otherwise (MODELS §1.6.10: 980 -> 490 ms a picture).
     """
     one_arena()
-    _mallopt((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2_000_000_000), (M_TOP_PAD, 64 * MB))
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2_000_000_000), (M_TOP_PAD, 64 * MB)):
+        _glibc("mallopt", option, value)
 
 
-def _mallopt(*options: tuple[int, int]) -> None:
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for option in options:
-            libc.mallopt(*option)
-    except (OSError, AttributeError):
-        return
+def _glibc(name: str, *arguments: int) -> None:
+    with suppress(OSError, AttributeError):  # no glibc
+        getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)
 
 
 class Holes:
@@ -74,7 +72,4 @@ def _resident() -> int:
 
 
 def _trim() -> None:
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+    _glibc("malloc_trim", 0)

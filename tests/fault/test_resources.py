@@ -45,24 +45,28 @@ def whole(archive, tiny_bundle, tmp_path_factory):
     return SimpleNamespace(half=takes, content=runs.content(run))
 
 
+def mounted(folder: Path, options: str) -> bool:
+    """Whether a disk in memory is now mounted there so."""
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(mount, check=False, capture_output=True).returncode == 0
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A function that makes a small disk, or makes it larger."""
     if os.geteuid() != 0:
         pytest.skip("ONLY ROOT CAN MOUNT A SMALL DISK")
-    folder, mounted = tmp_path / "disk", []
+    folder, bounds = tmp_path / "disk", []
     folder.mkdir()
 
     def sized(bound: str, value: int) -> Path:
-        options = f"{'remount,' * len(mounted)}{bound}={value}"
-        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if subprocess.run(mount, check=False, capture_output=True).returncode:
+        if not mounted(folder, f"{'remount,' * len(bounds)}{bound}={value}"):
             pytest.skip("THIS MACHINE LETS NOBODY MOUNT A SMALL DISK")
-        mounted[:] = [bound]
+        bounds[:] = [bound]
         return folder
 
     yield sized
-    if mounted:
+    if bounds:
         subprocess.run(["umount", str(folder)], check=True)
 
 
@@ -87,12 +91,6 @@ def test_a_disk_that_fills_up_stops_the_run_and_with_room_it_goes_on(
     runs.assert_same(run, whole.content)
 
 
-def remounted(disk: Path, how: str) -> bool:
-    """Whether a disk is now mounted so; one that is being written to cannot be made read-only."""
-    mount = ["mount", "-o", f"remount,{how}", str(disk)]
-    return subprocess.run(mount, check=False, capture_output=True).returncode == 0
-
-
 def test_a_disk_that_becomes_read_only_stops_the_run_and_once_writable_it_goes_on(
     long_archive, tiny_bundle, long_oracle, disk, tmp_path
 ):
@@ -102,14 +100,15 @@ def test_a_disk_that_becomes_read_only_stops_the_run_and_once_writable_it_goes_o
     words, log = runs.words(long_archive, run, tiny_bundle), tmp_path / "log"
     with runs.driver(words, log) as driver:
         runs.until(lambda: runs.committed(run) >= 2, "two commits")
-        runs.until(lambda: remounted(folder, "ro"), "a moment in which nothing is written")
+        # what is being written to cannot be made read-only
+        runs.until(lambda: mounted(folder, "remount,ro"), "a moment in which nothing is written")
         assert driver.wait() == EXIT_UNFINISHED, driver.said
     assert "Read-only file system; when that is mended, run the same command again" in driver.said
     before = runs.commits(run)
     assert 2 <= len(before) < len(long_oracle["fragments"])
     assert verify(Ledger.open(open_store(str(run)))).problems == []
 
-    assert remounted(folder, "rw")
+    assert mounted(folder, "remount,rw")
     runs.finished(words, log)
     assert before.items() <= runs.commits(run).items()
     runs.assert_same(run, long_oracle)

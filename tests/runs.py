@@ -363,6 +363,14 @@ def assert_same(run: Path | str, oracle: Mapping[str, Any], without: Sequence[st
         assert mine[name] == less(theirs, without), f"{name} differ"
 
 
+def assert_went_on(run: Path | str, before: Mapping[int, str], oracle: Mapping[str, Any]) -> None:
+    """What was committed before is what it was, the last call made the rest alone, and the run is
+    the undisturbed one."""
+    assert before.items() <= commits(run).items()
+    assert this_call(run)["fragments"] == len(oracle["fragments"]) - len(before)
+    assert_same(run, oracle)
+
+
 def finished(words: Sequence[str], log: Path, code: int = EXIT_REJECTIONS) -> str:
     """Run a driver to its end; returns what it said."""
     with driver(words, log) as started:

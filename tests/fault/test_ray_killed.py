@@ -78,9 +78,7 @@ def test_a_driver_on_this_machines_ray_is_killed_and_the_run_goes_on(
     assert len(before) < len(long_oracle["fragments"])
 
     runs.finished(words, tmp_path / "log")
-    assert before.items() <= runs.commits(run).items()
-    assert runs.this_call(run)["fragments"] == len(long_oracle["fragments"]) - len(before)
-    runs.assert_same(run, long_oracle)
+    runs.assert_went_on(run, before, long_oracle)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -102,9 +100,7 @@ def test_asked_once_to_stop_a_ray_run_finishes_what_was_begun_and_begins_nothing
     assert len(stopped) < len(long_oracle["fragments"])
 
     runs.finished(words, tmp_path / "log")
-    assert stopped.items() <= runs.commits(run).items()
-    assert runs.this_call(run)["fragments"] == len(long_oracle["fragments"]) - len(stopped)
-    runs.assert_same(run, long_oracle)
+    runs.assert_went_on(run, stopped, long_oracle)
 
 
 def test_asked_twice_to_stop_a_driver_with_a_ray_of_its_own_ends_at_once_and_leaves_nothing_behind(

@@ -105,3 +105,6 @@ def as_worker(folder, rank):
 
 if __name__ == "__main__":
     as_worker(Path(sys.argv[1]), int(sys.argv[2]))
+    # Not through the interpreter's end: gloo's threads outlive their group, and one that lets go of
+    # a tensor meanwhile aborts the process (pytorch/pytorch#190489).
+    os._exit(0)

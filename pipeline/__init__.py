@@ -4,9 +4,10 @@ Open in this order: run (the legs), listing, plan, formats/, pictures, decode (h
 batch, infer, tile (stitch), measure, packing, fragment, ledger, finalize.
 classify is the short way, for models that answer with one class per picture.
 archive puts a whole call together, create founds a run, here and cluster are the places it runs,
-careful finds an image that kills, reader opens what was made. records, config, errors, keys, kinds,
-layout and line are the nouns they share; storage is where bytes lie. room and memory bound what is
-held, bound binds a process to its parent.
+careful finds an image that kills and foreign_table reads a table that may, both in a child (apart);
+reader opens what was made. records, config, errors, keys, kinds, layout and line are the nouns they
+share; storage is where bytes lie. room and memory bound what is held, bound binds a process to its
+parent.
 
 How a model gets there: labels (pairing, ontology, splits) reads labelled pictures, evaluate and
 scoring measure a model on them; train (train_config, training_plan) has training do the steps, over

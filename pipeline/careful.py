@@ -10,17 +10,14 @@ Only a process that died is a kill. What a child raises (a store that is down wh
 large mask, a bug) is not the image's fault and is raised here as it is.
 """
 
-import os
-import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
+from multiprocessing.connection import Connection
 
+from pipeline.apart import limit_memory, spoken_with
 from pipeline.bound import bound
 from pipeline.clock import Clock
 from pipeline.config import Compute
@@ -68,18 +65,8 @@ class _Child:
     """A process that answers one image at a time."""
 
     def __init__(self, run_uri: str, compute: Compute) -> None:
-        self._ours, theirs = Pipe()
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "pipeline.careful", run_uri, compute.model_dump_json()]
-        self._process = subprocess.Popen(  # noqa: S603 - our own module
-            bound([*command, str(theirs.fileno())]),
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # a terminal's Ctrl-C is for the parent, which finishes the fragment
-        )
-        theirs.close()
+        command = ["pipeline.careful", run_uri, compute.model_dump_json()]
+        self._process, self._ours = spoken_with(command, bound)
         try:
             if self._ours.poll(READY_S):
                 self._heard()
@@ -200,7 +187,7 @@ def _answer(run_uri: str, compute: Compute, channel: Connection) -> None:
 
     line = Line.open(run_uri, compute)
     segmenter = line.segmenter()
-    _limit_memory(compute.image_memory_mb)
+    limit_memory(compute.image_memory_mb)
     channel.send("ready")
     while True:
         try:
@@ -209,13 +196,6 @@ def _answer(run_uri: str, compute: Compute, channel: Connection) -> None:
             return
         results = answer([item], line, segmenter, _TellingClock(channel), slots)
         channel.send(next(iter(results)))
-
-
-def _limit_memory(megabytes: int) -> None:
-    """Bound the heap this process may still take."""
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = taken + megabytes * 1024**2
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from tests.pictures import blobs, encoded, exif_of, saved, tar_of
+from tests.pictures import blobs, encoded, exif_of, parquet_of, saved, tar_of
 
 DONE, REJECTED, EITHER = "done", "rejected", "either"
 Cases = dict[str | bytes, tuple[bytes, str]]
@@ -305,7 +305,7 @@ def names() -> Cases:
 
 
 def shards() -> dict[str, tuple[bytes, dict[str, str]]]:
-    """Tar shards, each with what must become of its members; one not named is no image."""
+    """Shards, each with what must become of its members; one not named is no image."""
     good = tar_of({"a.jpg": JPEG, "b.png": PNG})
     second = len(JPEG) + 511 & ~511  # where the next member's header lies, after the first's 512
     lie = good[:124] + b"77777777777\0" + good[136:148] + b"        " + good[156:]
@@ -333,7 +333,19 @@ def shards() -> dict[str, tuple[bytes, dict[str, str]]]:
             {f"{index:04}.jpg": REJECTED for index in range(500)},
         ),
         "shards/text.tar": (b"not a tar at all\n" * 100, {}),
+        "shards/ends_its_reader.parquet": (ends_its_reader(), {}),
     }
+
+
+def ends_its_reader() -> bytes:
+    """A table of one flipped bit at whose footer Parquet's reader aborts (pyarrow 26).
+
+    Its column says that it has no nulls, and its sizes tell how many it has.
+    """
+    table = parquet_of([JPEG, PNG])
+    footer = len(table) - 8 - int.from_bytes(table[-8:-4], "little")
+    optional = table.index(b"\x25\x02", footer)  # field 3 of the column, repetition_type: 1
+    return table[: optional + 1] + b"\0" + table[optional + 2 :]
 
 
 def _hostile_members() -> bytes:

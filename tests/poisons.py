@@ -62,23 +62,30 @@ DEEDS = {
 
 
 def poison(station: str, deed: bytes, picture: bytes) -> bytes:
-    """A picture that does this when it is decoded, or predicted."""
+    """A picture that does this when it is read from a table, decoded, or predicted."""
     assert deed in DEEDS
     return picture + station.encode() + b":" + deed
 
 
 def spread() -> None:
-    """Let this process fall for what is decoded."""
+    """Let this process fall for what is decoded, and for what a child reads from a table."""
+    import pipeline.foreign_table as table
     import pipeline.pictures as station
 
-    real = station.decode
+    real, whole = station.decode, table._cell
+
+    def cell(value, limit):
+        data = whole(value, limit)
+        if isinstance(data, bytes):
+            _suffer("read", data)
+        return data
 
     def decode(data, *how):
         pixels = real(data, *how)
         _suffer("decode", data)
         return pixels
 
-    station.decode = decode
+    station.decode, table._cell = decode, cell
 
 
 def spread_further() -> None:

@@ -15,6 +15,8 @@ from pipeline import open_run
 from pipeline.errors import EXIT_BUG, EXIT_DONE, EXIT_REJECTIONS, EXIT_UNFINISHED
 from tests import runs
 from tests.archives import filled, jpeg, png
+from tests.hostile import ends_its_reader
+from tests.pictures import parquet_of
 from tests.poisons import everywhere, poison, spread, spread_further, stop_children
 
 GOOD = {f"good-{number}.jpg": jpeg(60, 80, number) for number in range(4)}
@@ -62,6 +64,12 @@ def children(run: Path) -> list[psutil.Process]:
     """The careful children of a run, whoever their parent is by now."""
     found = psutil.process_iter(["cmdline"])
     return [p for p in found if {"pipeline.careful", str(run)} <= set(p.info["cmdline"] or ())]
+
+
+def readers() -> list[psutil.Process]:
+    """Processes that read tables, whoever their parent is by now."""
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if "pipeline.apart" in (p.info["cmdline"] or ())]
 
 
 def rejections(run: Path) -> dict[str, tuple[str, str]]:
@@ -127,6 +135,35 @@ def test_on_ray_an_image_that_kills_its_worker_is_rejected_within_one_call(
     assert attempts(run) == ["0", "1"]
     assert_good_as_in(clean, run)
     assert not children(run)
+
+
+@pytest.mark.timeout(240)  # Ray's start, and a child's, on a crowded machine
+@pytest.mark.parametrize("where", ["process", "local"])
+def test_a_table_that_kills_its_reader_costs_its_rows_from_there_on(
+    clean, tiny_bundle, tmp_path, where
+):
+    rows = [jpeg(60, 80, 7), poison("read", b"KILL", jpeg(60, 80, 8)), jpeg(60, 80, 9)]
+    source = filled(tmp_path / "in", {**GOOD, "table.parquet": parquet_of(rows)})
+    (source / "ends_its_reader.parquet").write_bytes(ends_its_reader())
+    run = tmp_path / "run"
+
+    with runs.command(
+        runs.words(source, run, tiny_bundle, "--on", where),
+        environment=everywhere(tmp_path / "start", spread),
+    ) as driver:
+        assert driver.ended() == EXIT_REJECTIONS, driver.out + driver.err
+
+    assert rejections(run) == {
+        "ends_its_reader.parquet": ("plan", "corrupt"),
+        "table.parquet#1": ("fetch", "corrupt"),
+        "table.parquet#2": ("fetch", "corrupt"),
+    }
+    runs.assert_sound(run)
+    masks = runs.content(run)["masks"]
+    assert masks.items() >= clean["masks"].items()
+    assert masks.keys() - clean["masks"].keys() == {"table.parquet#0"}
+    assert attempts(run) == ["0"]
+    assert not readers()
 
 
 # -- what is no kill -----------------------------------------------------------------------------

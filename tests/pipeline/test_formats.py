@@ -12,13 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import formats
+from pipeline import apart, formats
 from pipeline.config import from_mapping
 from pipeline.errors import RunRefused
+from pipeline.foreign_table import COLUMNS
 from pipeline.formats import parquet
 from pipeline.listing import Listing, discover
 from pipeline.storage import LocalStore, ObjectUnreadable
+from tests import readers
 from tests.contracts.formats import PICTURES, FormatContract, ShardContract, fetched, planned
+from tests.hostile import ends_its_reader
 from tests.pictures import parquet_of, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -358,8 +361,37 @@ def test_a_table_whose_pages_are_damaged_loses_its_rows_and_nothing_else(tmp_pat
     assert {a.verdict.reason for a in answers if a.data is None} == {"corrupt"}
 
 
+def test_a_footer_at_which_the_reader_aborts_is_one_rejected_row(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(ends_its_reader())
+
+    (image,) = planned(LocalStore(tmp_path))
+
+    assert image.problem == (
+        "corrupt: parquet shard: it ended its reader's process (exit -6), 2 times"
+    )
+
+
+@pytest.mark.parametrize(("deaths", "lost"), [(1, []), (2, ["corrupt"])])
+def test_a_table_may_end_one_reader_and_loses_what_was_not_read_with_the_second(
+    tmp_path, monkeypatch, deaths, lost
+):
+    (tmp_path / "t.parquet").write_bytes(parquet_of(PICTURES))
+    store = LocalStore(tmp_path)
+    images = planned(store)
+    monkeypatch.setattr(parquet, "cells", readers.dying_cells)
+    monkeypatch.setenv(readers.DEATHS, str(tmp_path / "deaths"))
+    (tmp_path / "deaths").write_bytes(bytes(deaths))
+    apart._end_all()  # they know nothing of the environment of now
+
+    answers = fetched(store, images)
+    apart._end_all()
+
+    assert [a.data for a in answers if a.data is not None] == PICTURES[: len(PICTURES) - len(lost)]
+    assert [a.verdict.reason for a in answers if a.data is None] == lost
+
+
 def test_column_names_are_tried_in_the_documented_order():
-    assert parquet.COLUMNS[:3] == ("image", "img", "image_bytes")
+    assert COLUMNS[:3] == ("image", "img", "image_bytes")
 
 
 # -- a shard that is written while it is read ----------------------------------------------------

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import RunUnfinished
 from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, PREDICTIONS, Header
 from pipeline.layout import Layout
-from pipeline.ledger import FORMAT_VERSION, Commit, Ledger, now
-from pipeline.tables import WRITTEN, TableDamaged, in_our_words, open_table
+from pipeline.ledger import FORMAT_VERSION, Commit, Ledger, digest_of, now
+from pipeline.tables import WRITTEN, TableDamaged, in_our_words, open_table, sealed
 
 REJECTED = pa.schema(
     [IMAGES.field(name) for name in ("image_id", "key", "uri", "station", "reason")]
@@ -143,6 +143,7 @@ def _write_manifest(ledger: Ledger, number: int, counts: Counts, entries: dict[s
         "counts": in_manifest(counts),
         "tables": entries,
     }
+    manifest["sha256"] = digest_of(manifest)
     path, data = f"manifest/{number:03d}.json", json.dumps(manifest, indent=1).encode() + b"\n"
     if not ledger.store.create(path, data) and _manifest(ledger, number).get("tables") != entries:
         ledger.store.replace(path, data)  # a damaged object was deleted and made again
@@ -178,7 +179,7 @@ def round_of(ledger: Ledger, path: str) -> int | None:
 
 
 def _manifest(ledger: Ledger, number: int) -> dict[str, Any]:
-    """A manifest, or nothing where it is no JSON any more: it can be made again."""
+    """A manifest, or nothing where it is damaged: it can be made again."""
     try:
         return ledger.manifest(number)
     except ValueError:
@@ -274,10 +275,12 @@ class _Tables:
 
     def closed(self) -> dict[str, tuple[bytes, int]]:
         """Bytes and rows of each table."""
-        for name, writer in self._writers.items():
+        for name in self._writers:
             self._flush(name)
-            writer.close()
-        return {name: (sink.getvalue(), self._rows[name]) for name, sink in self._sinks.items()}
+        return {
+            name: (sealed(writer, self._sinks[name]), self._rows[name])
+            for name, writer in self._writers.items()
+        }
 
 
 def _less(table: pa.Table, dropped: pa.Array) -> pa.Table:

@@ -109,7 +109,7 @@ class Ledger:
                 f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
             ) from error
         refuse_other_format(store.uri, found, FORMAT_VERSION)
-        if run.get("sha256", _digest(run)) != _digest(run):
+        if run.get("sha256", digest_of(run)) != digest_of(run):
             raise RunRefused(
                 f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
                 "restore it or start in another folder"
@@ -137,7 +137,7 @@ class Ledger:
             "frozen": frozen,
             "versions": versions(),
         }
-        run["sha256"] = _digest(run)
+        run["sha256"] = digest_of(run)
         ledger = cls(store, run)
         if not store.create(RUN, json.dumps(run, indent=1).encode() + b"\n"):
             return cls.open(store)
@@ -399,12 +399,17 @@ class Ledger:
         found = said.get("format_version") if isinstance(said, dict) else FORMAT_VERSION
         if isinstance(found, int):
             refuse_other_format(f"{self.store.uri}/{path}", found, FORMAT_VERSION)
+        if isinstance(said, dict) and said.get("sha256", digest_of(said)) != digest_of(said):
+            raise ValueError("its SHA-256 is another")
         return said
 
 
-def _digest(run: Json) -> str:
-    """SHA-256 of what run.json says besides it: a flipped digit there would move every mask."""
-    said = {name: value for name, value in run.items() if name != "sha256"}
+def digest_of(about: Json) -> str:
+    """SHA-256 of what run.json or a manifest says besides it.
+
+    A flipped digit in run.json would move every mask.
+    """
+    said = {name: value for name, value in about.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -32,7 +32,7 @@ from pipeline.listing import Item, Listing, discover, key_of
 from pipeline.packed import Packed
 from pipeline.records import Array, PlannedImage
 from pipeline.storage import Store
-from pipeline.tables import WRITTEN
+from pipeline.tables import WRITTEN, sealed
 
 SCHEMA = pa.schema(
     [
@@ -386,13 +386,13 @@ def to_parquet(plan: Round, token: str, about: dict[str, object]) -> bytes:
     notes = {"maskfleet.token": token, "maskfleet.listing": json.dumps(about, sort_keys=True)}
     schema = SCHEMA.with_metadata(notes)
     # No statistics: every reader of a fragment reads the footer, which would be twice as long.
-    with pq.ParquetWriter(sink, schema, write_statistics=False, **WRITTEN) as writer:
-        for rows in plan.groups():
-            there = rows["fragment"][0].as_py() >= 0
-            uris = [_uri(plan.source, key) if there else "" for key in rows["key"].to_pylist()]
-            rows = rows.add_column(URI, SCHEMA.field(URI), pa.array(uris, pa.string()))
-            writer.write_table(rows, row_group_size=rows.num_rows)
-    return sink.getvalue()
+    writer = pq.ParquetWriter(sink, schema, write_statistics=False, **WRITTEN)
+    for rows in plan.groups():
+        there = rows["fragment"][0].as_py() >= 0
+        uris = [_uri(plan.source, key) if there else "" for key in rows["key"].to_pylist()]
+        rows = rows.add_column(URI, SCHEMA.field(URI), pa.array(uris, pa.string()))
+        writer.write_table(rows, row_group_size=rows.num_rows)
+    return sealed(writer, sink)
 
 
 def _uri(source: str, key: str) -> str:

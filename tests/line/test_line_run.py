@@ -228,6 +228,7 @@ def test_the_json_of_a_run_has_frozen_keys(finished):
         "model",
         "counts",
         "tables",
+        "sha256",
     }
     assert keys("receipt.json") >= {"run_id", "finished", "model", "round", "counts", "skipped"}
     frozen = json.loads((finished.out / "run.json").read_text())["frozen"]

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import MaskfleetError
 from pipeline.fragment import assemble, compress, decompress, read_header, read_index
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, digest_of
 from pipeline.status import status
 from pipeline.storage import local, open_store
 from pipeline.verify import verify
@@ -242,8 +242,19 @@ def test_counts_of_a_manifest_that_were_edited_are_found(run):
     for key, value in (("done", 13), ("planned", 12), ("pixels", 1), ("rejected", 0)):
         text = path.read_text()
         edited(path, lambda m, key=key, value=value: m["counts"].update({key: value}))
+        found(run, "manifest/000.json", "SHA-256")
+        edited(path, lambda m: m.update(sha256=digest_of(m)))
         found(run, "manifest/000.json", key)
         path.write_text(text)
+    assert problems(run) == []
+
+
+def test_a_flipped_digit_of_a_manifest_never_reaches_who_asks_for_the_counts(finished, run):
+    edited(run / "manifest/000.json", lambda m: m["counts"].update(done=99))
+
+    outcome = segment(finished.source, run, finished.model, slot_bytes=4096)
+
+    assert outcome.counts.done < 99
     assert problems(run) == []
 
 

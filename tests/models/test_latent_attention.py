@@ -174,11 +174,17 @@ def test_the_interior_of_a_constant_picture_is_one_score():
     assert torch.equal(logits_KhwInside, logits_KhwInside[:, :1, :1].expand_as(logits_KhwInside))
 
 
-@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16])
+STRIPPED = [(4, 4), (5, 7), (64, 48), (133, 499), (376, 500), (701, 333), (130, 2050), (9, 40000)]
+
+
 @pytest.mark.parametrize(
-    "size", [(4, 4), (5, 7), (64, 48), (133, 499), (376, 500), (701, 333), (130, 2050), (9, 40000)]
+    ("number", "size"),
+    [
+        *((torch.float32, size) for size in STRIPPED),
+        *((torch.bfloat16, size) for size in STRIPPED[:4]),  # a minute where no core has it
+    ],
 )
-def test_the_folded_stem_in_strips_is_the_plain_one_bit_for_bit(size, number):
+def test_the_folded_stem_in_strips_is_the_plain_one_bit_for_bit(number, size):
     stem = lively({}).encoder.to(number)
     x_BCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(number)
     sizes_B2 = torch.tensor([size, (4, 4)])

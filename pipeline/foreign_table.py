@@ -21,6 +21,7 @@ MASKS = ("mask",)
 LABEL = "label"
 """Of whole pictures; where there are masks, nothing is read there."""
 MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
+FREE_ROWS = 10_000  # that may take no bytes (nulls); further ones take one each, or it lies
 ROWS = 64  # decoded at a time, at most
 EXPANDED = 256 * 1024**2
 """Bytes that rows decoded together may come to if each were all that their column holds: a
@@ -34,8 +35,9 @@ def row_groups(file: io.RawIOBase) -> Iterator[tuple[int, int]]:
         leaf = _leaf(table)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         rows = sum(group.num_rows for group in groups)
-        if rows > MAX_ROWS:
-            raise ValueError(f"its footer says {rows} rows, more than {MAX_ROWS}")
+        nbytes = file.seek(0, io.SEEK_END)
+        if rows > (most := min(MAX_ROWS, FREE_ROWS + nbytes)):
+            raise ValueError(f"its footer says {rows} rows; in {nbytes} bytes are {most} at most")
         for group in groups:
             total = group.column(leaf).total_uncompressed_size
             yield group.num_rows, max(1, total // max(1, group.num_rows))

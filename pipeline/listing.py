@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from pipeline import formats
 from pipeline.config import SegmentConfig
@@ -18,6 +19,7 @@ from pipeline.storage import Found, Store
 
 INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
 LOOK_AHEAD = 2 * INDEXED_AT_ONCE  # objects beyond the awaited one; their members wait in memory
+HELD = 20_000  # members of each; what a shard has beyond them is read when its turn comes
 
 
 @dataclass(slots=True)
@@ -112,10 +114,17 @@ def _indexed(store: Store, found: Found, name: str | None) -> Indexed:
     name = name or _format_of_content(store, found)
     if name == "skip":
         return found, name, ()
-    entries = list(formats.load(name).index(store, found))
-    if any((entry.problem or "").startswith(LOST_WORDS) for entry in entries):
-        store.ensure_there()  # is it this shard that is lost, or the whole source?
-    return found, name, entries
+    entries = _believed(store, formats.load(name).index(store, found))
+    first = list(islice(entries, HELD))
+    return found, name, first if len(first) < HELD else chain(first, entries)
+
+
+def _believed(store: Store, entries: Iterable[formats.Entry]) -> Iterator[formats.Entry]:
+    """The entries; an error if one says that the shard is lost and the whole source is."""
+    for entry in entries:
+        if (entry.problem or "").startswith(LOST_WORDS):
+            store.ensure_there()
+        yield entry
 
 
 def _format_of_name(found: Found, wanted: str) -> str | None:

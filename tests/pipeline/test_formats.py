@@ -1,18 +1,20 @@
 """The three formats: one contract, and what each can suffer."""
 
 import io
+import itertools
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import apart, formats
+from pipeline import apart, formats, listing
 from pipeline.config import from_mapping
 from pipeline.errors import RunRefused
 from pipeline.foreign_table import COLUMNS
@@ -254,6 +256,45 @@ def test_a_tar_is_known_by_its_content_where_its_name_says_nothing(tmp_path):
     assert keys_of(store) == ["picture.0002", "shard.0001#a.png"]
 
 
+# -- shards of very many members -----------------------------------------------------------------
+
+
+def test_a_shard_without_end_is_listed_as_far_as_somebody_asks(tmp_path, monkeypatch):
+    asked = []
+
+    def index(store, found):
+        for number in itertools.count():
+            asked.append(found.path)
+            yield formats.Entry(str(number), None, 1)
+
+    endless = types.SimpleNamespace(SUFFIXES=(".endless",), index=index)
+    monkeypatch.setitem(sys.modules, "tests.endless", endless)
+    monkeypatch.setattr(listing, "HELD", 7)
+    for name in ("a.endless", "b.endless"):
+        (tmp_path / name).write_bytes(b"x")
+    store, values = LocalStore(tmp_path), {"out": "/nowhere", "format": "tests.endless"}
+    config = from_mapping({"source": str(tmp_path), **values})
+
+    found = discover(store, config, Listing())
+    met = [(item[0].path, item[2].member) for item in itertools.islice(found, 20)]
+    found.close()
+
+    assert met == [("a.endless", str(number)) for number in range(20)]
+    assert asked.count("a.endless") == 20
+    assert asked.count("b.endless") == 7
+
+
+def test_members_beyond_those_that_are_held_are_there_and_in_order(tmp_path, monkeypatch):
+    (tmp_path / "s.tar").write_bytes(tar_of({f"{n}.png": PICTURES[n % 5] for n in range(9)}))
+    (tmp_path / "t.parquet").write_bytes(parquet_of(PICTURES))
+    whole = planned(LocalStore(tmp_path))
+
+    monkeypatch.setattr(listing, "HELD", 4)
+
+    assert planned(LocalStore(tmp_path)) == whole
+    assert len(whole) == 14
+
+
 # -- parquet -------------------------------------------------------------------------------------
 
 
@@ -330,16 +371,19 @@ def test_a_table_without_a_column_of_image_bytes_is_one_rejected_row(tmp_path, c
     assert image.problem.startswith("corrupt: parquet shard: no column of image bytes")
 
 
-def test_a_footer_that_promises_a_trillion_rows_ends_quickly(tmp_path):
+@pytest.mark.parametrize(
+    ("said", "rows"), [(b"\x80\xa0\x94\xa5\x8d\x1d", 5 * 10**11), (b"\x80\x89\x7a", 10**6)]
+)
+def test_a_footer_that_promises_more_rows_than_there_are_bytes_ends_quickly(tmp_path, said, rows):
     honest = parquet_of(PICTURES)
     (length,) = struct.unpack("<I", honest[-8:-4])
     footer = honest[-8 - length : -8]
     # num_rows is a zigzag varint: 5 is 0x0a, in the file's and in the row group's entry.
-    lie = footer.replace(b"\x16\x0a", b"\x16\x80\xa0\x94\xa5\x8d\x1d")
-    assert lie.count(b"\x16\x80\xa0\x94\xa5\x8d\x1d") >= 2
+    lie = footer.replace(b"\x16\x0a", b"\x16" + said)
+    assert lie.count(b"\x16" + said) >= 2
     data = honest[: -8 - length] + lie + struct.pack("<I", len(lie)) + b"PAR1"
     (tmp_path / "t.parquet").write_bytes(data)
-    assert pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).num_rows > 10**11
+    assert pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).num_rows == rows
 
     start = time.monotonic()
     images = planned(LocalStore(tmp_path))

@@ -244,6 +244,29 @@ def test_whatever_happens_to_a_cluster_a_run_on_it_ends_as_it_would_have(
     assert runs.rework(run) <= cluster.faults * IN_FLIGHT_ON_RAY, cluster.done
 
 
+@pytest.mark.timeout(400)
+def test_without_any_worker_node_a_run_waits_for_one_that_comes(
+    long_archive, tiny_bundle, long_oracle, tmp_path
+):
+    run = tmp_path / "run"
+    with two_ray_nodes({}) as nodes:
+        words = runs.words(long_archive, run, tiny_bundle, "--on", nodes.address)
+        with runs.command(words) as driver:
+            runs.until(lambda: runs.committed(run) >= 2 or driver.poll() is not None, "two commits")
+            for worker in range(2):
+                nodes.kill(worker)
+            before = runs.commits(run)
+            assert len(before) < len(long_oracle["fragments"]), "too late to matter"
+            time.sleep(20)  # Ray has noticed after 15
+            assert driver.poll() is None, driver.out + driver.err
+            assert runs.commits(run) == before
+            nodes.cluster.add_node(num_cpus=2, object_store_memory=100 * 1024**2)
+            assert driver.ended(RECOVERY_S) == EXIT_REJECTIONS, driver.out + driver.err
+    assert before.items() <= runs.commits(run).items()
+    runs.assert_same(run, long_oracle)
+    assert runs.rework(run) <= IN_FLIGHT_ON_RAY
+
+
 @pytest.mark.timeout(300)
 def test_without_its_head_a_run_ends_and_goes_on_elsewhere(
     long_archive, tiny_bundle, long_oracle, tmp_path

@@ -2,12 +2,15 @@
 
 import io
 import itertools
+import os
+import random
 import struct
 import subprocess
 import sys
 import tarfile
 import time
 import types
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +19,7 @@ import pytest
 
 from pipeline import apart, formats, listing
 from pipeline.config import from_mapping
-from pipeline.errors import RunRefused
+from pipeline.errors import REASONS, RunRefused
 from pipeline.foreign_table import COLUMNS
 from pipeline.formats import parquet
 from pipeline.listing import Listing, discover
@@ -413,6 +416,40 @@ def test_a_footer_at_which_the_reader_aborts_is_one_rejected_row(tmp_path):
     assert image.problem == (
         "corrupt: parquet shard: it ended its reader's process (exit -6), 2 times"
     )
+
+
+FLIPS = 60 * int(os.environ.get("MASKFLEET_SEEDS", "1"))
+"""Tables with some bytes changed, of each layout; one in a few thousand ends its reader."""
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("layout", ["plain", "struct", "dictionary"])
+def test_flipped_bytes_of_a_table_are_read_or_refused_for_a_reason(tmp_path, codec, layout):
+    cells = binary(PICTURES * 4)
+    column = pa.StructArray.from_arrays([cells], ["bytes"]) if layout == "struct" else cells
+    pq.write_table(
+        pa.table({"image": column}), tmp_path / "t.parquet",
+        compression=codec, use_dictionary=layout == "dictionary", row_group_size=7,
+    )  # fmt: skip
+    whole = (tmp_path / "t.parquet").read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    store, dice = LocalStore(tmp_path), random.Random(f"{codec} {layout}")
+    outcomes = Counter()
+
+    for _ in range(FLIPS):
+        data = bytearray(whole)
+        start = len(data) - 8 - footer if dice.random() < 0.6 else 4
+        for _ in range(dice.choice((1, 1, 2, 4))):
+            data[dice.randrange(start, len(data) - 8)] ^= 1 << dice.randrange(8)
+        (tmp_path / "t.parquet").write_bytes(data)
+        images = planned(store, "parquet")
+        reasons = [(image.problem or "done").partition(":")[0] for image in images]
+        answers = fetched(store, images)
+        reasons += [answer.verdict.reason for answer in answers if answer.verdict is not None]
+        outcomes.update(set(reasons))
+
+    assert set(outcomes) <= {"done", *REASONS}
+    assert outcomes["done"] > 0
 
 
 @pytest.mark.parametrize(("deaths", "lost"), [(1, []), (2, ["corrupt"])])

@@ -1,12 +1,14 @@
 """Work that may kill its process, done in a child process that one speaks with.
 
-`careful` has pictures answered so; here files are read so whose reader may abort. Nothing but bytes
-travels: the child has no store and no credentials, it asks its parent for each part of the file.
-A child is used again and again; it ends with its parent, of whom it then hears no more.
+`careful` has pictures answered so; here files are read so whose reader may abort. The child gets
+neither the store nor this process's environment: it asks its parent for each part of the file, and
+what it says is taken for bytes or JSON, never for Python objects. It is used again and again, and
+ends with its parent, of whom it then hears no more.
 """
 
 import atexit
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -14,18 +16,24 @@ import subprocess
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from pipeline.errors import RunUnfinished
 from pipeline.ranged import Ranged
 
+READY_S = 120.0  # a child loads Python and this file: a moment, more on a crowded machine
 PATIENCE_S = 60  # without a word from a child; a part of a table is decoded in a second or two
 MEMORY_MB = 8192  # a child's own, at most; what a picture may have alone
 ENDS_S = 10  # a process that has closed its channel is gone at once
 TRIES = 2  # children that a file may cost: the first may have been the machine's fault
 IDLE = 4  # children that are kept for the next file
+WANTS_MEMORY = 71  # exit code of a child that would need more
+KNOWN = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
+"""What a child learns of our environment: nothing that opens a store."""
 
 
 class ProcessDied(Exception):
@@ -35,13 +43,16 @@ class ProcessDied(Exception):
         self.late = exit_code == -signal.SIGALRM
         if self.late:
             why = f"its reader was still busy after {PATIENCE_S} s"
+        elif exit_code == WANTS_MEMORY:
+            why = f"its reader wants more than {MEMORY_MB} MB"
         else:
             why = f"it ended its reader's process (exit {exit_code})"
         super().__init__(f"{why}, {TRIES} times")
 
 
 Work = Callable[..., Iterator[Any]]
-"""What is done with a file: takes it (seekable, readable), and more; yields what can be pickled."""
+"""What is done with a file: a function of a module, called with the file (seekable, readable) and
+with what JSON can say; it yields bytes, or what JSON can say."""
 
 
 def answers(file: Ranged, work: Work, *arguments: object) -> Iterator[Any]:
@@ -49,13 +60,14 @@ def answers(file: Ranged, work: Work, *arguments: object) -> Iterator[Any]:
 
     Args:
         file: read here, as the child asks for its parts.
-        work: a function of a module.
-        arguments: for it; they travel.
+        work: see `Work`.
+        arguments: for it.
 
     Raises:
         ValueError: that the work raised.
         ProcessDied: the child has.
         StorageError: the file cannot be read.
+        RunUnfinished: no child can start.
     """
     child, sound = _free(), False
     try:
@@ -64,8 +76,8 @@ def answers(file: Ranged, work: Work, *arguments: object) -> Iterator[Any]:
     except ValueError:
         sound = True
         raise
-    except (EOFError, ConnectionError) as error:
-        raise ProcessDied(child.exit_code()) from error
+    except _Silence as silence:
+        raise ProcessDied(child.exit_code()) from silence
     finally:
         if sound and len(_idle[os.getpid()]) < IDLE:
             _idle[os.getpid()].append(child)
@@ -79,7 +91,9 @@ _idle: "defaultdict[int, list[_Child]]" = defaultdict(list)
 
 def _free() -> "_Child":
     with contextlib.suppress(IndexError):
-        return _idle[os.getpid()].pop()
+        while not (child := _idle[os.getpid()].pop()).alive:  # it died of nothing it was given
+            child.end()
+        return child
     return _Child()
 
 
@@ -90,21 +104,25 @@ def _end_all() -> None:
 
 
 def spoken_with(
-    module: Sequence[str], bind: Callable[[Sequence[str]], list[str]] = list
+    module: Sequence[str],
+    bind: Callable[[Sequence[str]], list[str]] = list,
+    known: Mapping[str, str] = os.environ,
 ) -> tuple["subprocess.Popen[bytes]", Connection]:
     """Start a module of ours with a channel to it, whose file descriptor is its last argument.
 
     Args:
         module: its name and arguments.
         bind: what else becomes of the command.
+        known: its environment; Python's path is added.
     """
     ours, theirs = cast("tuple[Connection, Connection]", Pipe())
     root = str(Path(__file__).parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([root, *filter(None, [known.get("PYTHONPATH")])])
+    # -P: the folder we are called in may be somebody's archive, and hold a file named like a module
     process = subprocess.Popen(  # noqa: S603 - our own module
-        bind([sys.executable, "-m", *module, str(theirs.fileno())]),
+        bind([sys.executable, "-P", "-m", *module, str(theirs.fileno())]),
         pass_fds=[theirs.fileno()],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**known, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         process_group=0,  # a terminal's Ctrl-C is for the parent, which finishes what it began
     )
@@ -115,32 +133,84 @@ def spoken_with(
 def limit_memory(megabytes: int) -> None:
     """Bound the heap this process may still take."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = taken + megabytes * 1024**2
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+# ----------------------------------------------------------------------------------- the channel
+
+READY, READ, BYTES, VALUE, REFUSAL, BUG, END = b"+", b"r", b"b", b"v", b"f", b"x", b"e"
+"""What a child says: the first byte of a message; then bytes, or JSON."""
+
+
+class _Silence(Exception):
+    """The other side is heard no more."""
+
+
+def _heard(channel: Connection) -> tuple[bytes, bytes]:
+    try:
+        message = channel.recv_bytes()
+    except (EOFError, OSError) as error:  # OSError: in the middle of a message
+        raise _Silence from error
+    return message[:1], message[1:]
+
+
+def _said(channel: Connection, what: bytes, about: object = None) -> None:
+    data = about if isinstance(about, bytes) else json.dumps(about).encode()
+    try:
+        channel.send_bytes(what + data)
+    except OSError as error:
+        raise _Silence from error
 
 
 class _Child:
     """Reads one file at a time."""
 
     def __init__(self) -> None:
-        self._process, self._ours = spoken_with(["pipeline.apart"])
+        known = {name: os.environ[name] for name in KNOWN if name in os.environ}
+        try:
+            self._process, self._ours = spoken_with(["pipeline.apart"], known=known)
+        except OSError as error:
+            raise RunUnfinished(_no_child(f"cannot start ({error})")) from error
+        ready = self._ours.poll(READY_S)
+        if ready:
+            with contextlib.suppress(_Silence):
+                _heard(self._ours)
+                return
+        how = f"exit {self.exit_code()}" if ready else f"not ready after {READY_S:g} s"
+        self.end()
+        raise RunUnfinished(_no_child(f"ended before it could begin ({how})"))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another file."""
+        return self._process.poll() is None
 
     def answers(self, file: Ranged, work: Work, arguments: Sequence[object]) -> Iterator[Any]:
         """See `answers`."""
-        self._ours.send((work, file.nbytes, arguments, PATIENCE_S))
+        name = [work.__module__, work.__name__]
+        _said(self._ours, b"", [*name, file.nbytes, PATIENCE_S, *arguments])
         while True:
-            what, said = self._ours.recv()
-            if what == "read":
-                file.seek(said[0])
-                self._ours.send_bytes(file.read(said[1]))
-            elif what == "answer":
-                yield said
-            elif what == "refusal":
-                raise ValueError(said)
-            elif what == "bug":
-                raise RuntimeError(f"in a child process:\n{said}")
-            else:
+            what, about = _heard(self._ours)
+            if what == READ:
+                start, length = json.loads(about)
+                file.seek(start)
+                _said(self._ours, BYTES, file.read(length))
+            elif what == BYTES:
+                yield about
+            elif what == VALUE:
+                yield json.loads(about)
+            elif what == REFUSAL:
+                raise ValueError(json.loads(about))
+            elif what == BUG:
+                raise RuntimeError(f"in a child process:\n{json.loads(about)}")
+            elif what == END:
                 return
+            else:
+                raise _Silence
 
     def end(self) -> None:
         """Stop it."""
@@ -154,6 +224,13 @@ class _Child:
             return self._process.wait(ENDS_S)
         self.end()
         return -signal.SIGKILL
+
+
+def _no_child(why: str) -> str:
+    return (
+        f"the process that is to read tables {why}; run the same command again with fewer "
+        "--compute.workers, or more memory"
+    )
 
 
 # --------------------------------------------------------------------------------- in the child
@@ -172,39 +249,44 @@ class _Parent:
     def order(self) -> tuple[Work, int, Sequence[object]]:
         """The next piece of work."""
         signal.alarm(0)
-        work, nbytes, arguments, self._patience_s = self._channel.recv()
+        module, name, nbytes, self._patience_s, *arguments = json.loads(
+            b"".join(_heard(self._channel))
+        )
         signal.alarm(self._patience_s)
-        return work, nbytes, arguments
+        return getattr(import_module(module), name), nbytes, arguments
 
-    def tell(self, what: str, said: object = None) -> None:
+    def tell(self, what: bytes, about: object = None) -> None:
         """Say something."""
         signal.alarm(0)
-        self._channel.send((what, said))
+        _said(self._channel, what, about)
         signal.alarm(self._patience_s)
 
     def read(self, path: str, start: int = 0, length: int | None = None, **_: object) -> bytes:  # noqa: ARG002
         """See `Store.read`."""
+        self.tell(READ, [start, length])
         signal.alarm(0)
-        self._channel.send(("read", (start, length)))
-        data = self._channel.recv_bytes()
+        data = _heard(self._channel)[1]
         signal.alarm(self._patience_s)
         return data
 
 
 def _serve(parent: _Parent) -> NoReturn:
+    parent.tell(READY)
     while True:
         try:
             work, nbytes, arguments = parent.order()
             for said in work(Ranged(cast("Any", parent), "", nbytes, None), *arguments):
-                parent.tell("answer", said)
-        except (ValueError, MemoryError) as error:
-            parent.tell("refusal", str(error) or f"its reader wants more than {MEMORY_MB} MB")
-        except (EOFError, ConnectionError):
+                parent.tell(BYTES if isinstance(said, bytes) else VALUE, said)
+        except ValueError as error:
+            parent.tell(REFUSAL, str(error))
+        except MemoryError:  # perhaps in the middle of a message: there is no way on
+            os._exit(WANTS_MEMORY)
+        except _Silence:
             raise
         except Exception:  # noqa: BLE001 - the parent raises it
-            parent.tell("bug", traceback.format_exc())
+            parent.tell(BUG, traceback.format_exc())
         else:
-            parent.tell("end")
+            parent.tell(END)
 
 
 if __name__ == "__main__":
@@ -212,5 +294,5 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of what aborts
     limit_memory(MEMORY_MB)
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent is done
+    with contextlib.suppress(_Silence):  # the parent is done
         _serve(_Parent(Connection(int(sys.argv[1]))))

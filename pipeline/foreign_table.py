@@ -22,6 +22,7 @@ LABEL = "label"
 """Of whole pictures; where there are masks, nothing is read there."""
 MAX_ROWS = 10_000_000  # a footer may lie about its rows; beyond this it is an attack
 FREE_ROWS = 10_000  # that may take no bytes (nulls); further ones take one each, or it lies
+PART = 32 * 1024**2  # of a column that is read at a time: they can be as long as the table
 ROWS = 64  # decoded at a time, at most
 EXPANDED = 256 * 1024**2
 """Bytes that rows decoded together may come to if each were all that their column holds: a
@@ -31,9 +32,11 @@ dictionary of one value that every row repeats is a small file."""
 def row_groups(file: io.RawIOBase) -> Iterator[tuple[int, int]]:
     """Of each row group how many rows it has, and the mean of their images' bytes."""
     with _as_value_errors():
-        table = pq.ParquetFile(file)
+        table = _opened(file)
         leaf = _leaf(table)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+        if lies := [group.num_rows for group in groups if group.num_rows < 0]:
+            raise ValueError(f"its footer says that a row group has {lies[0]} rows")
         rows = sum(group.num_rows for group in groups)
         nbytes = file.seek(0, io.SEEK_END)
         if rows > (most := min(MAX_ROWS, FREE_ROWS + nbytes)):
@@ -48,7 +51,7 @@ def notes_of(
 ) -> Iterator[list[tuple[str, list[str | None]]] | bool]:
     """The columns of these names as text, as far as there are any; whether there are masks."""
     with _as_value_errors():
-        table = pq.ParquetFile(file)
+        table = _opened(file)
         there = [name for name in names if name in table.schema_arrow.names]
         masks = LABEL not in there or any(name in table.schema_arrow.names for name in MASKS)
         if masks:
@@ -67,7 +70,7 @@ def cells(
     In the place of bytes stands their number where it is beyond ``limit``, None for a null.
     """
     with _as_value_errors():
-        table = pq.ParquetFile(file)
+        table = _opened(file)
         leaf = _leaf(table, names)
         first = 0
         for group in range(table.num_row_groups):
@@ -75,6 +78,11 @@ def cells(
             if wanted and first <= wanted[0] < after:
                 yield from _of_one_group(table, group, leaf, first, wanted, limit)
             first = after
+
+
+def _opened(file: io.RawIOBase) -> pq.ParquetFile:
+    """Read part by part, and by this thread: it alone may speak with the parent."""
+    return pq.ParquetFile(file, buffer_size=PART, pre_buffer=False)
 
 
 def _leaf(table: pq.ParquetFile, names: Sequence[str] = COLUMNS) -> int:

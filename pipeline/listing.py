@@ -19,7 +19,7 @@ from pipeline.storage import Found, Store
 
 INDEXED_AT_ONCE = 16  # shards whose headers are read at the same time
 LOOK_AHEAD = 2 * INDEXED_AT_ONCE  # objects beyond the awaited one; their members wait in memory
-HELD = 20_000  # members of each; what a shard has beyond them is read when its turn comes
+HELD = 100_000  # members of each (20 MB); those beyond are read when its turn comes, by one thread
 
 
 @dataclass(slots=True)

@@ -261,7 +261,7 @@ class Run:
         from pipeline import formats
 
         limits = self.ledger.config.decode
-        item = next(iter(formats.load(plan.format).fetch(source, [plan], 1, limits.max_bytes)))
+        (item,) = formats.load(plan.format).fetch(source, [plan], 1, limits.max_bytes)
         if item.data is None:
             verdict = item.verdict
             raise (

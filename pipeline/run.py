@@ -59,6 +59,7 @@ def _answers(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImag
             yield EncodedImage(image, None, Verdict("plan", cast("Reason", reason), detail))
         else:
             yield next(fetched)
+    next(fetched, None)  # lets what was read close in order: a child that reads tables is kept
 
 
 def _fetched(images: Sequence[PlannedImage], line: Line) -> Iterator[EncodedImage]:

@@ -43,7 +43,7 @@ def read_table(source: bytes | io.IOBase, columns: list[str] | None = None) -> p
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with in_our_words():
-        return open_table(file).read(columns=columns, use_threads=False)
+        return _bare(open_table(file).read(columns=columns, use_threads=False))
 
 
 def read_batches(source: io.IOBase, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -144,9 +144,17 @@ def sealed(writer: pq.ParquetWriter, sink: io.BytesIO) -> bytes:
     """Close a table that was written part by part, and give its footer a checksum."""
     writer.add_key_value_metadata({SEAL: _UNSEALED.decode()})
     writer.close()
-    data = bytearray(sink.getvalue())
-    start = len(data) - 8 - _size(bytes(data[-8:]))
-    footer = bytes(data[start:-8])
+    end = sink.seek(-8, io.SEEK_END)
+    start = end - _size(sink.read())
+    sink.seek(start)
+    footer = sink.read(end - start)
     _, place = _seal(footer)
-    data[start + place : start + place + 8] = _crc(footer, place)
-    return bytes(data)
+    sink.seek(start + place)
+    sink.write(_crc(footer, place))
+    return sink.getvalue()
+
+
+def _bare(table: pa.Table) -> pa.Table:
+    """Without the seal, which is of the object and not of the table."""
+    notes = {k: v for k, v in (table.schema.metadata or {}).items() if k != SEAL.encode()}
+    return table.replace_schema_metadata(notes or None)

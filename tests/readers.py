@@ -1,13 +1,14 @@
 """What a child of `pipeline.apart` is asked to do with a file; it imports this."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 from pipeline.foreign_table import cells
 
-DEATHS = "MASKFLEET_TESTS_DEATHS"
-"""Names a file: a reader dies as often as it has bytes."""
+DEATHS = Path("deaths")
+"""In the folder where one is started: a reader dies as often as the file has bytes."""
 
 
 def words(file, *more):
@@ -56,8 +57,26 @@ def fails(file):
 def dying_cells(file, wanted, *how):
     """`cells`, until two rows of the table have been read."""
     for number, cell in enumerate(cells(file, list(wanted), *how)):
-        deaths = Path(os.environ[DEATHS])
-        if number == 2 and (left := deaths.read_bytes()):
-            deaths.write_bytes(left[1:])
-            os.abort()
+        if number == 2:
+            _die()
         yield cell
+
+
+def cells_and_death(file, wanted, *how):
+    """`cells`, all of them."""
+    yield from cells(file, list(wanted), *how)
+    _die()
+
+
+def _die():
+    if left := DEATHS.read_bytes():
+        DEATHS.write_bytes(left[1:])
+        os.abort()
+
+
+def environment(file):
+    yield dict(os.environ)
+
+
+def modules(file):
+    yield sys.path

@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from pipeline.apart import TRIES, ProcessDied, Work, answers
+from pipeline.apart import IDLE, TRIES, ProcessDied, Work, answers
 from pipeline.errors import StorageBusy
 from pipeline.fetching import LOST, lost, too_many_bytes
 from pipeline.foreign_table import COLUMNS, MASKS, cells, notes_of, row_groups
@@ -30,8 +30,8 @@ from pipeline.storage import Found, Store
 
 SUFFIXES = (".parquet", ".pq")
 
-_one_at_a_time = threading.Lock()
-"""For what is computed only, in a moment: else many threads would have as many children."""
+_few_at_a_time = threading.BoundedSemaphore(IDLE)
+"""For indexing: what is computed takes a moment, and many threads would have as many children."""
 
 
 def index(store: Store, found: Found) -> Iterator[Entry]:
@@ -76,7 +76,7 @@ def _listed(store: Store, found: Found, work: Work, *arguments: object) -> list[
     file.read(1)  # fetches the footer, before there is anybody who would wait for it
     for left in reversed(range(TRIES)):
         try:
-            with _one_at_a_time:
+            with _few_at_a_time:
                 return list(answers(file, work, *arguments))
         except ProcessDied:
             if not left:
@@ -111,7 +111,7 @@ def _fetched(
             except LOST as error:
                 verdict = lost(error)
             except ProcessDied as error:
-                if left:
+                if left and wanted:
                     continue
                 verdict = _verdict(error)
             except ValueError as error:

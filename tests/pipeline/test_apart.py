@@ -1,10 +1,12 @@
 """A child process that reads a file: what it says, how it ends, and what that costs."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -12,10 +14,27 @@ import pytest
 
 from pipeline import apart
 from pipeline.apart import ProcessDied, answers
-from pipeline.errors import StorageBusy
+from pipeline.config import from_mapping
+from pipeline.errors import RunUnfinished, StorageBusy
 from pipeline.ranged import Ranged
+from pipeline.run import load
 from pipeline.storage import LocalStore
-from tests.readers import aborts, eats, fails, hangs, many, naps, refuses, who, words
+from tests import runs
+from tests.contracts.formats import planned
+from tests.pictures import parquet_of
+from tests.readers import (
+    aborts,
+    eats,
+    environment,
+    fails,
+    hangs,
+    many,
+    modules,
+    naps,
+    refuses,
+    who,
+    words,
+)
 
 ROOT = Path(__file__).parents[2]
 WORDS = b"one two three"
@@ -28,7 +47,7 @@ def file(tmp_path):
 
 
 def test_a_child_reads_the_file_through_its_parent_and_answers_in_order(file):
-    assert list(answers(file, words, 1, "b")) == [b"one", b"two", b"three", (1, "b")]
+    assert list(answers(file, words, 1, "b")) == [b"one", b"two", b"three", [1, "b"]]
 
 
 def test_one_child_serves_one_file_after_the_other_and_two_at_a_time_have_two(file):
@@ -79,11 +98,10 @@ def test_a_child_that_waits_for_its_parent_is_not_late(tmp_path, file, monkeypat
     assert heard == 2_000_000
 
 
-def test_a_child_that_wants_too_much_memory_refuses_the_file_and_lives(file):
-    (before,) = answers(file, who)
-    with pytest.raises(ValueError, match="its reader wants more than 8192 MB"):
+def test_a_child_that_wants_too_much_memory_says_so_by_its_end(file):
+    with pytest.raises(ProcessDied, match="its reader wants more than 8192 MB"):
         list(answers(file, eats))
-    assert list(answers(file, who)) == [before]
+    assert b"one" in list(answers(file, words))
 
 
 def test_what_the_work_refuses_is_a_value_error_and_what_it_gets_wrong_a_bug(file):
@@ -119,6 +137,88 @@ def test_who_listens_no_more_leaves_no_child_behind(file):
     assert not child.is_running()
 
 
+def test_idle_children_that_died_meanwhile_are_not_asked(file):
+    both = [answers(file, who) for _ in range(2)]
+    pids = [next(each) for each in both]
+    assert [list(each) for each in both] == [[], []]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    runs.until(lambda: all(psutil.Process(pid).status() == "zombie" for pid in pids), "them", 5)
+
+    assert b"one" in list(answers(file, words))
+
+
+def test_a_child_that_dies_in_the_middle_of_a_message_has_died(file):
+    talking = answers(file, many, 400)
+    next(talking)
+    (child,) = [p for p in psutil.Process().children() if "pipeline.apart" in p.cmdline()]
+    time.sleep(0.2)  # it is stuck in a message, for the channel is full
+    child.kill()
+
+    with pytest.raises(ProcessDied, match=r"exit -9"):
+        list(talking)
+
+
+def test_a_child_that_cannot_start_is_nothing_that_a_file_has_done(file, monkeypatch, tmp_path):
+    apart._end_all()
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(5)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    with pytest.raises(RunUnfinished, match=r"ended before it could begin \(exit 5\)"):
+        list(answers(file, words))
+
+
+def test_under_a_limit_of_the_operator_a_child_starts(file):
+    apart._end_all()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    read, write = os.pipe()
+    if not (forked := os.fork()):
+        resource.setrlimit(resource.RLIMIT_AS, (6 * 1024**3, 6 * 1024**3))
+        os.write(write, b"".join(list(answers(file, words))[:3]))
+        apart._end_all()
+        os._exit(0)
+    os.waitpid(forked, 0)
+
+    assert os.read(read, 100) == b"onetwothree"
+    assert (soft, hard) == resource.getrlimit(resource.RLIMIT_AS)
+
+
+def test_a_child_learns_nothing_that_opens_a_store(file, monkeypatch):
+    apart._end_all()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
+
+    (known,) = answers(file, environment)
+
+    assert "canary" not in known.values()
+    assert set(known) <= {*apart.KNOWN, "LC_CTYPE"}
+
+
+def test_a_child_runs_nothing_of_the_folder_it_is_called_in(file, monkeypatch, tmp_path):
+    apart._end_all()
+    for name in ("resource.py", "pipeline.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+
+    (path,) = answers(file, modules)
+
+    assert not {"", ".", str(tmp_path)} & set(path)
+
+
+def test_the_load_leg_leaves_its_child_for_the_next_fragment(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(parquet_of([WORDS] * 3))
+    store = LocalStore(tmp_path)
+    config = from_mapping({"source": store.uri, "out": "/nowhere"})
+    line = types.SimpleNamespace(source=store, config=config)
+    images = planned(store)
+    apart._end_all()
+
+    for _ in range(2):
+        assert [item.data for item in load(images, line)] == [WORDS] * 3
+
+    assert len(apart._idle[os.getpid()]) == 1
+
+
 def test_a_forked_process_has_children_of_its_own(file):
     (ours,) = answers(file, who)
     read, write = os.pipe()
@@ -139,6 +239,9 @@ from pathlib import Path
 from pipeline.apart import answers
 from pipeline.ranged import Ranged
 from pipeline.storage import LocalStore
+from tests import runs
+from tests.contracts.formats import planned
+from tests.pictures import parquet_of
 from tests.readers import who
 file = Ranged(LocalStore(Path(sys.argv[1])), "words", 13, None)
 if sys.argv[2] == "idle":

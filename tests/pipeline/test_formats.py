@@ -23,6 +23,7 @@ from pipeline.errors import REASONS, RunRefused
 from pipeline.foreign_table import COLUMNS
 from pipeline.formats import parquet
 from pipeline.listing import Listing, discover
+from pipeline.records import EncodedImage
 from pipeline.storage import LocalStore, ObjectUnreadable
 from tests import readers
 from tests.contracts.formats import PICTURES, FormatContract, ShardContract, fetched, planned
@@ -456,19 +457,63 @@ def test_flipped_bytes_of_a_table_are_read_or_refused_for_a_reason(tmp_path, cod
 def test_a_table_may_end_one_reader_and_loses_what_was_not_read_with_the_second(
     tmp_path, monkeypatch, deaths, lost
 ):
-    (tmp_path / "t.parquet").write_bytes(parquet_of(PICTURES))
-    store = LocalStore(tmp_path)
-    images = planned(store)
-    monkeypatch.setattr(parquet, "cells", readers.dying_cells)
-    monkeypatch.setenv(readers.DEATHS, str(tmp_path / "deaths"))
-    (tmp_path / "deaths").write_bytes(bytes(deaths))
-    apart._end_all()  # they know nothing of the environment of now
-
-    answers = fetched(store, images)
-    apart._end_all()
+    answers = read_by(readers.dying_cells, deaths, tmp_path, monkeypatch)
 
     assert [a.data for a in answers if a.data is not None] == PICTURES[: len(PICTURES) - len(lost)]
     assert [a.verdict.reason for a in answers if a.data is None] == lost
+
+
+def test_a_reader_that_dies_when_all_is_read_costs_nothing(tmp_path, monkeypatch):
+    answers = read_by(readers.cells_and_death, 1, tmp_path, monkeypatch)
+
+    assert [a.data for a in answers] == PICTURES
+
+
+def read_by(cells, deaths, tmp_path, monkeypatch) -> list[EncodedImage]:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/t.parquet").write_bytes(parquet_of(PICTURES))
+    store = LocalStore(tmp_path / "in")
+    images = planned(store)
+    monkeypatch.setattr(parquet, "cells", cells)
+    monkeypatch.chdir(tmp_path)
+    readers.DEATHS.write_bytes(bytes(deaths))
+    apart._end_all()  # they were started elsewhere
+    try:
+        return fetched(store, images)
+    finally:
+        apart._end_all()
+
+
+def test_a_row_group_of_fewer_rows_than_none_is_refused(tmp_path):
+    honest = parquet_of(PICTURES)
+    (length,) = struct.unpack("<I", honest[-8:-4])
+    lie = honest[-8 - length : -8].replace(b"\x16\x0a", b"\x16\x15")  # 5 rows: -11, zigzag
+    (tmp_path / "t.parquet").write_bytes(honest[: -8 - length] + lie + honest[-8:])
+
+    (image,) = planned(LocalStore(tmp_path))
+
+    assert image.problem.startswith("corrupt: parquet shard: ")
+    assert "-11 rows" in image.problem
+
+
+def test_a_column_longer_than_what_is_read_at_a_time_is_read_in_parts(tmp_path, monkeypatch):
+    values = [bytes([number]) * 10 * 1024**2 for number in range(7)]
+    pq.write_table(
+        pa.table({"image": binary(values)}), tmp_path / "t.parquet", compression="none",
+        use_dictionary=False,
+    )  # fmt: skip
+    asked = []
+
+    class Watched(LocalStore):
+        def read(self, path, start=0, length=None, etag=None):
+            asked.append(length)
+            return super().read(path, start, length, etag)
+
+    store = Watched(tmp_path)
+    answers = fetched(store, planned(store), limit=2**26)
+
+    assert [answer.data for answer in answers] == values
+    assert max(asked) <= 45 * 1024**2  # a part, or a page that goes beyond it
 
 
 def test_column_names_are_tried_in_the_documented_order():

@@ -30,6 +30,7 @@ from pipeline.storage import open_store
 from pipeline.submission import OnCluster
 from pipeline.timetable import Timetable
 from tests import learning, runs
+from tests.canaries import STORE_KEYS
 from tests.s3server import free_ports
 from tests.schedules import Clock
 
@@ -63,9 +64,6 @@ def head() -> Iterator[str]:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-
-STORE_KEYS = {"AWS_ACCESS_KEY_ID": "CANARYKEYID", "AWS_SECRET_ACCESS_KEY": "canary/secret+key"}
-"""What a job's submitter may have in the environment, and what nobody may read in a listing."""
 
 # A second node is refused where that switch keeps Ray on loopback (conftest.py): so it is on for
 # this one moment, and what it would do to addresses is undone.

@@ -14,6 +14,7 @@ import ray.cloudpickle
 
 from pipeline.errors import StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.storage import ObjectChanged, ObjectUnreadable, S3Store, open_store, s3
+from tests.canaries import STORE_KEYS
 from tests.contracts.formats import PICTURES, fetched, planned
 from tests.pictures import parquet_of, tar_of
 
@@ -382,11 +383,10 @@ def test_what_may_pass_is_asked_a_few_times_after_growing_waits_no_two_alike(
 
 
 def test_a_store_travels_without_credentials(monkeypatch):
-    canaries = {"AWS_ACCESS_KEY_ID": "CANARYKEYID", "AWS_SECRET_ACCESS_KEY": "canary/secret+key"}
-    for name, value in canaries.items():
+    for name, value in STORE_KEYS.items():
         monkeypatch.setenv(name, value)
     store = open_store("s3://bucket/prefix")
 
     for packed in (pickle.dumps(store), ray.cloudpickle.dumps(store), repr(vars(store)).encode()):
-        assert not [value for value in canaries.values() if value.encode() in packed]
+        assert not [value for value in STORE_KEYS.values() if value.encode() in packed]
     assert pickle.loads(pickle.dumps(store)).uri == store.uri

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import tempfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +129,27 @@ def test_without_room_for_rays_session_a_run_is_refused_and_told_so(
             assert driver.ended(100) == EXIT_REFUSED, driver.out + driver.err
     assert "where Ray keeps its session, has 0 MB left" in driver.err
     assert "Traceback" not in driver.err
+
+
+# -- ports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(240)
+def test_where_rays_usual_ports_are_taken_a_ray_of_its_own_takes_others(
+    archive, tiny_bundle, tmp_path
+):
+    usual = (6379, 8265, 8076, 10001)  # GCS, dashboard, object manager, client
+    with ExitStack() as taken:
+        for port in usual:
+            listening = taken.enter_context(socket.socket())
+            with suppress(OSError):  # somebody else has it: as good
+                listening.bind(("127.0.0.1", port))
+                listening.listen()
+        with runs.command(
+            runs.words(archive, tmp_path / "run", tiny_bundle, "--on", "local")
+        ) as driver:
+            assert driver.ended(200) == EXIT_REJECTIONS, driver.out + driver.err
+    runs.assert_sound(tmp_path / "run")
 
 
 # -- memory --------------------------------------------------------------------------------------

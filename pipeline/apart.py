@@ -29,7 +29,6 @@ READY_S = 120.0  # a child loads Python and this file: a moment, more on a crowd
 PATIENCE_S = 60  # without a word from a child; a part of a table is decoded in a second or two
 MEMORY_MB = 8192  # a child's own, at most; what a picture may have alone
 ENDS_S = 10  # a process that has closed its channel is gone at once
-TRIES = 2  # children that a file may cost: the first may have been the machine's fault
 IDLE = 4  # children that are kept for the next file
 WANTS_MEMORY = 71  # exit code of a child that would need more
 KNOWN = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
@@ -47,7 +46,7 @@ class ProcessDied(Exception):
             why = f"its reader wants more than {MEMORY_MB} MB"
         else:
             why = f"it ended its reader's process (exit {exit_code})"
-        super().__init__(f"{why}, {TRIES} times")
+        super().__init__(why)
 
 
 Work = Callable[..., Iterator[Any]]

@@ -109,7 +109,7 @@ class Ledger:
                 f"{store.uri}/{RUN} is damaged ({error}); restore it or start in another folder"
             ) from error
         refuse_other_format(store.uri, found, FORMAT_VERSION)
-        if run.get("sha256", digest_of(run)) != digest_of(run):
+        if not _as_written(run):
             raise RunRefused(
                 f"{store.uri}/{RUN} is not what was written (its SHA-256 is another); "
                 "restore it or start in another folder"
@@ -399,7 +399,7 @@ class Ledger:
         found = said.get("format_version") if isinstance(said, dict) else FORMAT_VERSION
         if isinstance(found, int):
             refuse_other_format(f"{self.store.uri}/{path}", found, FORMAT_VERSION)
-        if isinstance(said, dict) and said.get("sha256", digest_of(said)) != digest_of(said):
+        if isinstance(said, dict) and not _as_written(said):
             raise ValueError("its SHA-256 is another")
         return said
 
@@ -411,6 +411,11 @@ def digest_of(about: Json) -> str:
     """
     said = {name: value for name, value in about.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _as_written(about: Json) -> bool:
+    """Whether it is what its own SHA-256 says; older objects have none."""
+    return "sha256" not in about or about["sha256"] == digest_of(about)
 
 
 def _differences(there: Json, here: Json, prefix: str = "") -> Iterator[tuple[str, object, object]]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from pipeline.apart import IDLE, TRIES, ProcessDied, Work, answers
+from pipeline.apart import IDLE, ProcessDied, Work, answers
 from pipeline.errors import StorageBusy
 from pipeline.fetching import LOST, lost, too_many_bytes
 from pipeline.foreign_table import COLUMNS, MASKS, cells, notes_of, row_groups
@@ -29,6 +29,8 @@ from pipeline.records import EncodedImage, PlannedImage, Verdict
 from pipeline.storage import Found, Store
 
 SUFFIXES = (".parquet", ".pq")
+
+TRIES = 2  # children that a table may cost: the first may have been the machine's fault
 
 _few_at_a_time = threading.BoundedSemaphore(IDLE)
 """For indexing: what is computed takes a moment, and many threads would have as many children."""
@@ -65,7 +67,7 @@ def notes(
     try:
         columns, masks = _listed(store, found, notes_of, names)
     except ProcessDied as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_why(error)) from error
     return dict(columns), masks
 
 
@@ -122,7 +124,11 @@ def _fetched(
 
 def _verdict(error: ProcessDied | ValueError) -> Verdict:
     late = isinstance(error, ProcessDied) and error.late
-    return Verdict("fetch", "timeout" if late else "corrupt", f"parquet shard: {error}")
+    return Verdict("fetch", "timeout" if late else "corrupt", f"parquet shard: {_why(error)}")
+
+
+def _why(error: ProcessDied | ValueError) -> str:
+    return f"{error}, {TRIES} times" if isinstance(error, ProcessDied) else str(error)
 
 
 def _of_one_table(

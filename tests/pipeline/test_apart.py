@@ -40,6 +40,11 @@ ROOT = Path(__file__).parents[2]
 WORDS = b"one two three"
 
 
+@pytest.fixture(autouse=True)
+def _no_idle_children():
+    apart._end_all()
+
+
 @pytest.fixture
 def file(tmp_path):
     (tmp_path / "words").write_bytes(WORDS)
@@ -161,7 +166,6 @@ def test_a_child_that_dies_in_the_middle_of_a_message_has_died(file):
 
 
 def test_a_child_that_cannot_start_is_nothing_that_a_file_has_done(file, monkeypatch, tmp_path):
-    apart._end_all()
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(5)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -170,7 +174,6 @@ def test_a_child_that_cannot_start_is_nothing_that_a_file_has_done(file, monkeyp
 
 
 def test_under_a_limit_of_the_operator_a_child_starts(file):
-    apart._end_all()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     read, write = os.pipe()
     if not (forked := os.fork()):
@@ -185,7 +188,6 @@ def test_under_a_limit_of_the_operator_a_child_starts(file):
 
 
 def test_a_child_learns_nothing_that_opens_a_store(file, monkeypatch):
-    apart._end_all()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
 
@@ -196,7 +198,6 @@ def test_a_child_learns_nothing_that_opens_a_store(file, monkeypatch):
 
 
 def test_a_child_runs_nothing_of_the_folder_it_is_called_in(file, monkeypatch, tmp_path):
-    apart._end_all()
     for name in ("resource.py", "pipeline.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
@@ -212,7 +213,6 @@ def test_the_load_leg_leaves_its_child_for_the_next_fragment(tmp_path):
     config = from_mapping({"source": store.uri, "out": "/nowhere"})
     line = types.SimpleNamespace(source=store, config=config)
     images = planned(store)
-    apart._end_all()
 
     for _ in range(2):
         assert [item.data for item in load(images, line)] == [WORDS] * 3
@@ -240,9 +240,6 @@ from pathlib import Path
 from pipeline.apart import answers
 from pipeline.ranged import Ranged
 from pipeline.storage import LocalStore
-from tests import runs
-from tests.contracts.formats import planned
-from tests.pictures import parquet_of
 from tests.readers import who
 file = Ranged(LocalStore(Path(sys.argv[1])), "words", 13, None)
 if sys.argv[2] == "idle":
@@ -266,8 +263,5 @@ def test_a_child_ends_with_its_parent(tmp_path, file, end):
         parent.send_signal(signal.SIGKILL)
     _, said = parent.communicate(timeout=30)
 
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not psutil.pid_exists(child)
+    runs.until(lambda: not psutil.pid_exists(child), "the child to end", 10)
     assert (said, parent.returncode) == ("", 0 if end == "done" else -signal.SIGKILL)

@@ -45,6 +45,7 @@ from models.parts.folding import (
 from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
+from models.parts.winograd import ROWS, RowWinograd
 
 ABOUT = About(
     paper="MarkTechPost latent-expert tutorial; Perceiver, Jaegle et al. 2021, arXiv 2103.03206",
@@ -218,16 +219,10 @@ class Stem(nn.Module):
         """x_BFhw; zero outside of the items, as the convolutions need it."""
         x_BCHW = cleared(x_BCHW.contiguous(memory_format=torch.channels_last), sizes_B2)
         for level, conv in enumerate((self.conv1, self.conv2), start=1):
-            x_BCHW = self.pooled(conv, x_BCHW)
+            # The maximum first: it commutes with ReLU and leaves it a quarter of the work.
+            x_BCHW = relu(max_pool2d(conv(x_BCHW), 2))
             x_BCHW = cleared(x_BCHW, None if sizes_B2 is None else sizes_B2 // 2**level)
         return x_BCHW
-
-    def pooled(self, conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-        """A convolution, the 2 x 2 maximum of it, and ReLU: x_BFhw.
-
-        The maximum first: it commutes with ReLU and leaves it a quarter of the work.
-        """
-        return relu(max_pool2d(conv(x_BCHW), 2))
 
 
 class Experts(nn.Module):
@@ -318,51 +313,85 @@ class FoldedSeed(Segmenter):
         x_BFhw = self.encoder(x_BCHW, sizes_B2)
         x_BTF = x_BFhw.flatten(2).mT
         experts_BMD = self.read(x_BTF, outside(x_BFhw, sizes_B2, self.stride))
-        logits_BTK = self.ask(x_BTF, *self.ask.prepared(experts_BMD))
-        return logits_BTK.mT.unflatten(2, x_BFhw.shape[-2:])
+        logits_BKT = self.ask.by_output(x_BTF, *self.ask.prepared(experts_BMD))
+        return logits_BKT.unflatten(2, x_BFhw.shape[-2:])
 
 
 class FoldedStem(Stem):
-    """`Stem`, on a CPU in strips of rows.
+    """`Stem`, on a CPU in strips of rows, its second convolution with half of the multiplications.
 
     What a convolution writes is four times as large as the maximum that follows: in strips it is
     still in the cache when the maximum reads it, and no picture needs the memory for the whole
     (250 MB at 1600 x 1200). The maximum is two of torch's elementwise ones, twice as fast as its
-    pooling, which notes places too. Bit for bit the same (tests).
+    pooling, which notes places too.
     """
 
     def __init__(self, plain: Stem) -> None:
         nn.Module.__init__(self)  # not Stem's: its convolutions are those of the plain one
         self.conv1, self.conv2 = plain.conv1, plain.conv2
+        self.by_rows = RowWinograd(plain.conv2)
 
-    def pooled(self, conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-        """See `Stem.pooled`."""
+    def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
+        """See `Stem.forward`."""
         elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
-        if elsewhere or torch.is_grad_enabled() or not len(x_BCHW):
-            return super().pooled(conv, x_BCHW)
-        return _strips_halved(conv, x_BCHW).relu_()
+        if elsewhere or sizes_B2 is not None or torch.is_grad_enabled() or not len(x_BCHW):
+            return super().forward(x_BCHW, sizes_B2)
+        batch, _, height, width = x_BCHW.shape
+        h, w = height // 2, width // 2
+        groups = -(-h // ROWS)
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        half_BHWF = x_BCHW.new_empty(batch, ROWS * groups + 2, w, self.conv1.out_channels)
+        half_BHWF[:, :1].zero_()
+        half_BHWF[:, h + 1 :].zero_()
+        _strips_halved(self.conv1, x_BCHW, half_BHWF[:, 1 : h + 1])
+        if x_BCHW.dtype == torch.float32:
+            return self._quartered(half_BHWF)[:, :, : h // 2]
+        quarter_BhwF = x_BCHW.new_empty(batch, h // 2, w // 2, self.conv2.out_channels)
+        half_BFHW = half_BHWF[:, 1 : h + 1].permute(0, 3, 1, 2)
+        return _strips_halved(self.conv2, half_BFHW, quarter_BhwF).permute(0, 3, 1, 2)
+
+    def _quartered(self, half_BHWF: Tensor) -> Tensor:
+        """x_BFhw of the second convolution; see `RowWinograd.strips` for the rows."""
+        batch, height, width, _ = half_BHWF.shape
+        groups, w = (height - 2) // ROWS, width // 2
+        out_Bn2wF = half_BHWF.new_empty(batch, groups, 2, w, self.conv2.out_channels)
+        for first, rows in self.by_rows.strips(half_BHWF):
+            for i in range(2):
+                out_BnwF = out_Bn2wF[:, first : first + rows[0].shape[1], i]
+                _columns_halved(torch.maximum(*rows[2 * i : 2 * i + 2]), out_BnwF)
+                out_BnwF.relu_()
+        return out_Bn2wF.flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def _strips_halved(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-    """A 3 x 3 convolution and the 2 x 2 maximum of it: x_BFhw, channels last."""
+def _strips_halved(conv: nn.Conv2d, x_BCHW: Tensor, out_BhwF: Tensor) -> Tensor:
+    """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU, into what is given.
+
+    Bit for bit that of whole pictures (tests).
+    """
     batch, _, height, width = x_BCHW.shape
-    features, h, w = conv.out_channels, height // 2, width // 2
-    out_BhwF = x_BCHW.new_empty(batch, h, w, features)
+    h, features = out_BhwF.shape[1], out_BhwF.shape[3]
     most = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)
     # Strips alike, for torch leaves oneDNN where very little is left for the last one (2.13: under
     # 20,480 values, of one picture), and other code gives other last bits.
     strips = -(-h // most)
     strip = -(-h // strips)
-    x_BCHW = pad(x_BCHW, (0, 0, 1, 1))
     for top in range(0, h, strip):
         end = min(top + strip, h)
-        rows = x_BCHW[:, :, 2 * top : 2 * end + 2]
+        above, below = int(top == 0), max(0, 2 * end + 1 - height)
+        rows = x_BCHW[:, :, 2 * top - 1 + above : 2 * end + 1]
+        rows = pad(rows, (0, 0, above, below)) if above or below else rows
         wide_BHWF = conv2d(rows, conv.weight, conv.bias, padding=(0, 1)).permute(0, 2, 3, 1)
         pairs_BhyWF = wide_BHWF.unflatten(1, (end - top, 2))
-        wide_BhWF = torch.maximum(pairs_BhyWF[:, :, 0], pairs_BhyWF[:, :, 1])[:, :, : 2 * w]
-        pairs_BhwxF = wide_BhWF.unflatten(2, (w, 2))
-        torch.maximum(pairs_BhwxF[..., 0, :], pairs_BhwxF[..., 1, :], out=out_BhwF[:, top:end])
-    return out_BhwF.permute(0, 3, 1, 2)
+        wide_BhWF = torch.maximum(pairs_BhyWF[:, :, 0], pairs_BhyWF[:, :, 1])
+        _columns_halved(wide_BhWF, out_BhwF[:, top:end]).relu_()
+    return out_BhwF
+
+
+def _columns_halved(x_BhWF: Tensor, out_BhwF: Tensor) -> Tensor:
+    """The greater one of every two columns, into what is given; an odd one is left out."""
+    w = out_BhwF.shape[2]
+    pairs_BhwxF = x_BhWF[:, :, : 2 * w].unflatten(2, (w, 2))
+    return torch.maximum(pairs_BhwxF[..., 0, :], pairs_BhwxF[..., 1, :], out=out_BhwF)
 
 
 # ------------------------------------------------------------------------------------------- plus
@@ -538,6 +567,9 @@ class FoldedPlus(Segmenter):
 
     stride, multiple, receptive_field = 4, 16, None
     replays = True
+    head_KD: Tensor
+    narrow_KX: Tensor
+    bias_K1: Tensor
 
     @torch.no_grad()
     def __init__(self, plain: PlusSegmenter) -> None:
@@ -564,8 +596,10 @@ class FoldedPlus(Segmenter):
         )
         self.widen = as_linear(norm_then_linear(asking.mlp.norm, *_affine(asking.mlp.widen)))
         head = _affine(asking.segmentation_head)
-        self.narrow = as_linear(linear_then_linear(_affine(asking.mlp.narrow), head))
-        self.head = as_linear((head[0], torch.zeros_like(head[1])))
+        narrow_KX, bias_K = linear_then_linear(_affine(asking.mlp.narrow), head)
+        parts = {"head_KD": head[0], "narrow_KX": narrow_KX, "bias_K1": bias_K[:, None]}
+        for name, part in parts.items():
+            self.register_buffer(name, part.clone(), persistent=False)
         self.eval().requires_grad_(requires_grad=False)
 
     def grid(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
@@ -592,14 +626,17 @@ class FoldedPlus(Segmenter):
             pixels_BDhw = self.laterals[0](fine_BFhw[:, :, rows.start : rows.stop])
             for coarser_BDhw, factor in said:
                 pixels_BDhw += upsampled_rows(coarser_BDhw, factor, rows)
-            logits_BTK = self._classified(pixels_BDhw.flatten(2).mT, experts)
-            logits.append(logits_BTK.mT.unflatten(2, (len(rows), width)))
+            logits_BKT = self._classified(pixels_BDhw.flatten(2).mT, experts)
+            logits.append(logits_BKT.unflatten(2, (len(rows), width)))
         return torch.cat(logits, dim=2)
 
     def _classified(self, pixels_BTD: Tensor, experts: tuple[Tensor, ...]) -> Tensor:
         known_BTD = pixels_BTD + self.ask(self.pixel_norm(pixels_BTD), *experts)
         thought_BTD = relu(self.widen(self.pixel_norm(known_BTD)), inplace=True)
-        return self.head(known_BTD) + self.narrow(thought_BTD)
+        # Classes first, as in `FoldedAsking.by_output`.
+        batch = len(pixels_BTD)
+        logits_BKT = torch.baddbmm(self.bias_K1, self.head_KD.expand(batch, -1, -1), known_BTD.mT)
+        return logits_BKT.baddbmm_(self.narrow_KX.expand(batch, -1, -1), thought_BTD.mT)
 
 
 class CellwiseLinear(nn.Module):

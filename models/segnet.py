@@ -33,6 +33,7 @@ from models.parts.configs import ModelConfig
 from models.parts.folding import fused_conv, norm_as_scale
 from models.parts.padding import cleared
 from models.parts.segmenter import Segmenter
+from models.parts.winograd import faster
 
 ABOUT = About(
     paper="SegNet, Badrinarayanan et al. 2017, arXiv 1511.00561",
@@ -201,6 +202,7 @@ def convolution(before: int, after: int, *, separable: bool) -> nn.Sequential:
 class FoldedSegNet(Segmenter):
     """The net for inference: convolutions do the work of the batch norms behind them.
 
+    On a CPU those of many channels take half of the multiplications (models/parts/winograd.py).
     The first norm stays, as a product and a sum per pixel. Within the first convolution it would
     ask for a border in the mean colour, and writing that border costs as much.
     """
@@ -233,4 +235,5 @@ class FoldedSegNet(Segmenter):
 
 def _without_norm(layer: nn.Module) -> nn.Sequential:
     *window, conv, norm = cast("nn.Sequential", layer)
-    return nn.Sequential(*window, fused_conv(cast("nn.Conv2d", conv), cast("nn.BatchNorm2d", norm)))
+    fused = fused_conv(cast("nn.Conv2d", conv), cast("nn.BatchNorm2d", norm))
+    return nn.Sequential(*window, faster(fused))

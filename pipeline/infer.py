@@ -1,4 +1,4 @@
-"""The model on a device: batches in, answers out. torch lives here.
+"""The model on a device: batches in, answers out. torch lives here, and in finishing.py.
 
 Whole pictures come back as finished labels and counts; of tiled pictures only native scores leave
 this file, and `Segmenter.finish` turns blended scores into labels, strip by strip, the same way.
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from models import load_bundle_bytes
 from models.parts.replay import Replayed
@@ -24,17 +23,20 @@ from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
+from pipeline.finishing import OCTAVE, counted, decided, upsampled
 from pipeline.heap import Holes, keep_freed_memory
 from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
-STRIP = 4_000_000  # score values up-sampled at once: 16 MB of float32, stays near the cache
+# Score values up-sampled at once. On a CPU, what stays in the cache from pass to pass, but no fewer
+# rows than make their beginning cheap; a GPU wants few calls.
+STRIP = {"cpu": 350_000, "cuda": 4_000_000}
+ROWS = 16
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
-COUNT_BY_CLASS = 32  # up to so many classes one pass per class beats bincount's int64 copy
 
 
 class Segmenter:
@@ -197,10 +199,10 @@ class Segmenter:
         there.
         """
         about = self.bundle.input
-        x_BHWC = torch.zeros(
+        x_BHWC = torch.empty(
             (len(tiles), height, width, about.channels), dtype=self._number, device=self.device
         )
-        for tile, x_HWC in zip(tiles, x_BHWC, strict=True):
+        for tile, x_HX in zip(tiles, x_BHWC.flatten(2), strict=True):
             values_HWC = tile.values_HWC
             own = about.range if values_HWC.dtype == np.uint16 else None  # 8 bits are 0 to 255
             lo, hi = own or (0, np.iinfo(values_HWC.dtype).max)
@@ -212,8 +214,16 @@ class Segmenter:
                 values_HWC = np.clip(values_HWC, lo, hi)
             if about.channels == 1 and values_HWC.shape[2] == 3:
                 values_HWC = _luma(values_HWC)
-            floats_HWC = self._on_device(values_HWC).expand(-1, -1, about.channels).contiguous()
-            x_HWC[: tile.height, : tile.width] = _normalised(floats_HWC, scale, shift)
+            # By rows of all channels: three values would be a short loop (2026-11-29, one thread,
+            # a picture of 360 x 480: 0.3 ms; channel by channel it takes 1.5).
+            floats_HX = self._on_device(values_HWC).expand(-1, -1, about.channels).flatten(1)
+            scale_X, shift_X = (
+                torch.from_numpy(np.tile(factor_C, tile.width)).to(self.device)
+                for factor_C in (scale, shift)
+            )
+            x_HX[: tile.height, : len(scale_X)] = torch.addcmul(shift_X, floats_HX, scale_X)
+            x_HX[: tile.height, len(scale_X) :] = 0
+            x_HX[tile.height :] = 0
         return x_BHWC.permute(0, 3, 1, 2)
 
     def _on_device(self, values_HWC: Array) -> torch.Tensor:
@@ -269,32 +279,31 @@ class Segmenter:
         confidence: bool,
     ) -> Rows:
         classes = scores_Khw.shape[0]
-        step = max(1, STRIP // (classes * size[1]))
+        octaves_Khw = scores_Khw * OCTAVE
+        step = max(ROWS, STRIP[scores_Khw.device.type] // (classes * size[1]))
         parts = []
         for y0 in range(*span, step):
             y1 = min(y0 + step, span[1])
-            logits_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1)[:, :, :width]
+            octaves_KHW = upsampled(octaves_Khw, g0, cells, size, y0, y1)[:, :, :width]
             blank = (
                 None
                 if nodata is None
                 else torch.from_numpy(np.ascontiguousarray(nodata[y0 - span[0] : y1 - span[0]]))
             )
-            parts.append(self._reduced(logits_KHW, blank, confidence))
+            parts.append(self._reduced(octaves_KHW, blank, confidence))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _reduced(
-        self, logits_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool
+        self, octaves_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool
     ) -> Rows:
         """Labels, counts and confidences of some rows."""
-        classes = logits_KHW.shape[0]
-        best_HW, index_HW = logits_KHW.max(0)
-        sure_HW = (logits_KHW - best_HW).exp_().sum(0).reciprocal_()  # softmax of the winner
+        index_HW, sure_HW = decided(octaves_KHW)
         index_HW = index_HW.to(self._kind)
         if blank_HW is not None:
             blank_HW = blank_HW.to(index_HW.device)
             index_HW = index_HW.masked_fill(blank_HW, self.fill)
             sure_HW = sure_HW.masked_fill(blank_HW, 0.0)
-        counts, sums = counted(index_HW, sure_HW, classes)
+        counts, sums = counted(index_HW, sure_HW, len(octaves_KHW))
         labels = index_HW if self._identity else self._renamed(index_HW, blank_HW)
         certainty = (sure_HW * 255).round_().to(torch.uint8).cpu().numpy() if confidence else None
         return Rows(labels.cpu().numpy().astype(self.dtype, copy=False), certainty, counts, sums)
@@ -352,77 +361,6 @@ class Segmenter:
                 return None
             times.append(time.perf_counter() - start)
         return min(times[1:]) / count
-
-
-def upsampled(
-    scores_Khw: torch.Tensor,
-    g0: int,
-    cells: tuple[int, int],
-    size: tuple[int, int],
-    y0: int,
-    y1: int,
-) -> torch.Tensor:
-    """Pixel rows y0 to y1 of the bilinear up-sampling of a whole grid, from the rows at hand.
-
-    Args:
-        scores_Khw: grid rows from g0 on.
-        g0: the grid row of the first.
-        cells: rows and columns of the whole grid.
-        size: height and width over which they are stretched, in pixels.
-        y0: first pixel row.
-        y1: the row after the last.
-
-    Returns:
-        logits_KHW with y1 - y0 rows, as `interpolate(align_corners=False)` of the whole would give.
-    """
-    rows = torch.arange(y0, y1, device=scores_Khw.device, dtype=torch.float64)
-    at = ((rows + 0.5) * cells[0] / size[0] - 0.5).clamp_(min=0)
-    upper = at.floor()
-    lower = (upper + 1).clamp_(max=cells[0] - 1)
-    share = (at - upper).to(scores_Khw.dtype)[None, :, None]
-    top = scores_Khw.index_select(1, (upper - g0).long())
-    bottom = scores_Khw.index_select(1, (lower - g0).long())
-    rows_KHw = torch.lerp(top, bottom, share)
-    return interpolate(rows_KHw, size=size[1], mode="linear", align_corners=False)
-
-
-def _normalised(values_HWC: torch.Tensor, scale_C: Array, shift_C: Array) -> torch.Tensor:
-    """Values * scale + shift, in place: by whole rows, for three channels would be a short loop.
-
-    (2026-11-28, one thread: 1.2 ms a megapixel; channel by channel 4.8, in numpy 10.2.)
-    """
-    height, width, channels = values_HWC.shape
-    rows_HX = values_HWC.view(height, width * channels)
-    for operation, factor_C in ((rows_HX.mul_, scale_C), (rows_HX.add_, shift_C)):
-        operation(torch.from_numpy(np.tile(factor_C, width)).to(values_HWC.device))
-    return values_HWC
-
-
-def counted(index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int) -> tuple[Array, Array]:
-    """Pixels of each class and the sum of their confidences; what is no class counts nowhere."""
-    if index_HW.device.type != "cpu":
-        return counted_on_gpu(index_HW, sure_HW, classes)
-    # Not torch's bincount, which would first copy the labels to int64.
-    flat, sure = index_HW.numpy().reshape(-1), sure_HW.numpy().reshape(-1)
-    counts = np.bincount(flat, minlength=classes)[:classes]
-    return counts, np.bincount(flat, weights=sure, minlength=classes)[:classes]
-
-
-def counted_on_gpu(
-    index_HW: torch.Tensor, sure_HW: torch.Tensor, classes: int
-) -> tuple[Array, Array]:
-    """The same where the pixels are not at hand; class by class the sums do not depend on luck."""
-    if classes <= COUNT_BY_CLASS:
-        masks = [index_HW == k for k in range(classes)]
-        counts = torch.stack([m.count_nonzero() for m in masks])
-        sums = torch.stack([(sure_HW * m).sum(dtype=torch.float64) for m in masks])
-    else:
-        flat = index_HW.flatten().long()
-        kept = flat < classes
-        flat, sure = flat[kept], sure_HW.flatten()[kept]
-        counts = torch.bincount(flat, minlength=classes)
-        sums = torch.bincount(flat, weights=sure.double(), minlength=classes)
-    return counts.cpu().numpy().astype(np.int64), sums.cpu().numpy().astype(np.float64)
 
 
 def _joined(parts: list[Rows]) -> Rows:

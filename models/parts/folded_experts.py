@@ -112,9 +112,22 @@ class FoldedAsking(nn.Module):
         self, x_BTF: Tensor, score_BFP: Tensor, score_B1P: Tensor, out_BPO: Tensor
     ) -> Tensor:
         """told_BTO: what the tokens are told by the experts that were prepared."""
-        scores_BTP = torch.baddbmm(score_B1P, x_BTF, score_BFP)
-        shares_BTP = scores_BTP.unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)
+        shares_BTP = self._shares(x_BTF, score_BFP, score_B1P)
         return torch.baddbmm(self.bias_O, shares_BTP, out_BPO)
+
+    def by_output(
+        self, x_BTF: Tensor, score_BFP: Tensor, score_B1P: Tensor, out_BPO: Tensor
+    ) -> Tensor:
+        """told_BOT: the same with outputs first, which is faster where they are few.
+
+        11 of 10,800 tokens: 0.6 instead of 1.5 ms (one thread, 2026-11-29).
+        """
+        shares_BTP = self._shares(x_BTF, score_BFP, score_B1P)
+        return torch.baddbmm(self.bias_O[:, None], out_BPO.mT, shares_BTP.mT)
+
+    def _shares(self, x_BTF: Tensor, score_BFP: Tensor, score_B1P: Tensor) -> Tensor:
+        scores_BTP = torch.baddbmm(score_B1P, x_BTF, score_BFP)
+        return scores_BTP.unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)
 
     def _heads(self, x_BMD: Tensor) -> Tensor:
         return x_BMD.unflatten(2, (self.heads, -1)).transpose(1, 2)

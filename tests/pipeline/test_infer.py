@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline import infer
+from pipeline import finishing, infer
 from pipeline.batch import pack
 from pipeline.config import Inference
 from pipeline.errors import RunRefused
-from pipeline.infer import Segmenter, upsampled
+from pipeline.finishing import upsampled
+from pipeline.infer import Segmenter
 from pipeline.records import Pixels, PlannedImage
 from pipeline.tile import Grid, Picture, cut, stitch
 from tests.bundles import files_of, tiny_bundle, window_segmenter
@@ -138,9 +139,9 @@ def test_a_gpu_counts_as_a_cpu_does(classes):
     index_HW[:5, :7] = 255  # no data
     sure_HW = torch.rand(37, 53, generator=draws)
 
-    counts, sums = infer.counted(index_HW, sure_HW, classes)
+    counts, sums = finishing.counted(index_HW, sure_HW, classes)
 
-    there = infer.counted_on_gpu(index_HW, sure_HW, classes)
+    there = finishing.counted_on_gpu(index_HW, sure_HW, classes)
     assert counts.sum() == 37 * 53 - 35
     assert np.array_equal(counts, there[0])
     np.testing.assert_allclose(sums, there[1])
@@ -311,7 +312,8 @@ def test_a_picture_finished_in_strips_equals_one_finished_whole(segmenter, monke
     chosen = pictures(nodata=True)
     whole = answers(segmenter, chosen, 10**9)
 
-    monkeypatch.setattr(infer, "STRIP", 2000)
+    monkeypatch.setitem(infer.STRIP, "cpu", 2000)
+    monkeypatch.setattr(infer, "ROWS", 1)
 
     for image_id, rows in answers(segmenter, chosen, 10**9).items():
         assert np.array_equal(rows.labels_HW, whole[image_id].labels_HW)
@@ -375,7 +377,7 @@ def test_half_precision_changes_few_labels(tiny_bundle, segmenter):
 
     exact, found = (answers(made, chosen, 2**16) for made in (segmenter, half))
 
-    assert half.model.head.weight.dtype == torch.bfloat16
+    assert half.model.widen.weight.dtype == torch.bfloat16
     for image_id, rows in exact.items():
         differ = (rows.labels_HW != found[image_id].labels_HW).mean()
         assert differ < 0.05

@@ -14,14 +14,9 @@ Shapes: B batch, C input channels, F output channels, H W grid, n groups of four
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 STRIP = 2 * 1024**2  # bytes of one of the six planes at a time (measured: 1 to 4 MB equal)
 ROWS = 4
@@ -58,25 +53,21 @@ class RowWinograd(nn.Module):
         bias = None if conv.bias is None else conv.bias.detach().clone()
         self.register_buffer("bias_F", bias, persistent=False)
 
-    def strips(self, x_BHWC: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """The groups of rows, some at a time: the first group's number, and four y_BnWF.
+    def groups_at_once(self, batch: int, width: int, groups: int) -> int:
+        """How many groups of four rows stay near a core, in strips that are alike."""
+        row = batch * width * self.kernel_6FyxC.shape[1] * self.kernel_6FyxC.element_size()
+        strips = -(-groups // max(1, STRIP // row))
+        return -(-groups // strips)
+
+    def forward(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """Every first, second, third and fourth row of n groups: four y_BnWF.
 
         Args:
-            x_BHWC: one row of zeros, the input, and rows of zeros up to 4 n + 2; contiguous.
-                Groups are rows 4 n to 4 n + 3 of the output; those beyond its height mean nothing.
+            x_BHWC: the 4 n rows that the groups lie on, and the ones above and below (zeros at the
+                border); contiguous.
         """
-        batch, height, width, _ = x_BHWC.shape
-        groups = (height - 2) // ROWS
-        row = batch * width * self.kernel_6FyxC.shape[1] * x_BHWC.element_size()
-        strips = -(-groups // max(1, STRIP // row))
-        many = -(-groups // strips)
-        for first in range(0, groups, many):
-            last = min(first + many, groups)
-            spans = (slice(ROWS * first + i, ROWS * (last - 1) + i + 1, ROWS) for i in range(6))
-            yield first, self._four(*(x_BHWC[:, span] for span in spans))
-
-    def _four(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        planes = _mixed(*rows)
+        last = x_BHWC.shape[1] - 2
+        planes = _mixed(*(x_BHWC[:, i : last + i : ROWS] for i in range(6)))
         kernels = self.kernel_6FyxC.permute(0, 1, 4, 2, 3).unbind()
         biases = (None, self.bias_F, None, None, None, None)  # point 1 counts once in all four
         zero, one, minus_one, two, minus_two, infinity = (
@@ -127,11 +118,13 @@ class ByRows(nn.Module):
         height = x_BCHW.shape[2]
         more = -height % ROWS
         x_BHWC = pad(x_BCHW, (0, 0, 1, 1 + more)).permute(0, 2, 3, 1).contiguous()
-        groups, width = (height + more) // ROWS, x_BCHW.shape[3]
-        out_BniWF = x_BHWC.new_empty(len(x_BCHW), groups, ROWS, width, self.conv.out_channels)
-        for first, rows in self.by_rows.strips(x_BHWC):
-            for i, row_BnWF in enumerate(rows):
-                out_BniWF[:, first : first + row_BnWF.shape[1], i] = row_BnWF
+        batch, groups, width = len(x_BCHW), (height + more) // ROWS, x_BCHW.shape[3]
+        out_BniWF = x_BHWC.new_empty(batch, groups, ROWS, width, self.conv.out_channels)
+        many = self.by_rows.groups_at_once(batch, width, groups)
+        for first in range(0, groups, many):
+            last = min(first + many, groups)
+            for i, row_BnWF in enumerate(self.by_rows(x_BHWC[:, ROWS * first : ROWS * last + 2])):
+                out_BniWF[:, first:last, i] = row_BnWF
         return out_BniWF.flatten(1, 2)[:, :height].permute(0, 3, 1, 2)
 
 

@@ -3,20 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from models.parts import winograd
-from models.parts.winograd import RowWinograd, faster
-
-
-def by_rows(conv: nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
-    height = x_BCHW.shape[2]
-    x_BHWC = pad(x_BCHW, (0, 0, 1, 1 + -height % 4)).permute(0, 2, 3, 1).contiguous()
-    groups = []
-    for first, rows in RowWinograd(conv).strips(x_BHWC):
-        assert first == sum(each.shape[1] for each in groups) // 4
-        groups.append(torch.stack(rows, 2).flatten(1, 2))
-    return torch.cat(groups, 1)[:, :height].permute(0, 3, 1, 2)
+from models.parts.winograd import ByRows, RowWinograd, faster
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,7 +27,9 @@ def test_it_is_the_convolution_up_to_rounding(shape, bias, strip, monkeypatch):
         padding=1,
     )
 
-    torch.testing.assert_close(by_rows(conv, x_BCHW).double(), exact_BFHW, rtol=0, atol=2e-5)
+    found_BFHW = ByRows(conv)(x_BCHW)
+
+    torch.testing.assert_close(found_BFHW.double(), exact_BFHW, rtol=0, atol=2e-5)
 
 
 @torch.inference_mode()
@@ -49,7 +40,7 @@ def test_many_channels_take_this_way_and_half_precision_does_not():
 
     by_rows = faster(conv)
 
-    assert isinstance(by_rows, winograd.ByRows)
+    assert isinstance(by_rows, ByRows)
     torch.testing.assert_close(by_rows(x_BCHW), conv(x_BCHW), rtol=0, atol=1e-4)
     assert not torch.equal(by_rows(x_BCHW), conv(x_BCHW))
     half_BCHW, half = x_BCHW.bfloat16(), by_rows.bfloat16()

@@ -45,7 +45,7 @@ from models.parts.folding import (
 from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
-from models.parts.winograd import ROWS, RowWinograd
+from models.parts.winograd import ROWS, RowWinograd, row_winograd
 
 ABOUT = About(
     paper="MarkTechPost latent-expert tutorial; Perceiver, Jaegle et al. 2021, arXiv 2103.03206",
@@ -329,7 +329,7 @@ class FoldedStem(Stem):
     def __init__(self, plain: Stem) -> None:
         nn.Module.__init__(self)  # not Stem's: its convolutions are those of the plain one
         self.conv1, self.conv2 = plain.conv1, plain.conv2
-        self.by_rows = RowWinograd(plain.conv2)
+        self.by_rows = row_winograd(plain.conv2)
 
     def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
         """See `Stem.forward`."""
@@ -337,19 +337,19 @@ class FoldedStem(Stem):
         if elsewhere or sizes_B2 is not None or torch.is_grad_enabled() or not len(x_BCHW):
             return super().forward(x_BCHW, sizes_B2)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        if x_BCHW.dtype == torch.float32:
-            return self._by_rows(x_BCHW)
+        if self.by_rows is not None and x_BCHW.dtype == torch.float32:
+            return self._in_strips(x_BCHW, self.by_rows)
         for conv in (self.conv1, self.conv2):
             batch, _, height, width = x_BCHW.shape
             out_BhwF = x_BCHW.new_empty(batch, height // 2, width // 2, conv.out_channels)
             x_BCHW = _halved(conv, x_BCHW, 0, out_BhwF).permute(0, 3, 1, 2)
         return x_BCHW
 
-    def _by_rows(self, x_BCHW: Tensor) -> Tensor:
+    def _in_strips(self, x_BCHW: Tensor, by_rows: RowWinograd) -> Tensor:
         batch, _, height, width = x_BCHW.shape
         h, w = height // 2, width // 2
         groups = -(-h // ROWS)
-        many = self.by_rows.groups_at_once(batch, w, groups)
+        many = by_rows.groups_at_once(batch, w, groups)
         half_BHWF = x_BCHW.new_empty(batch, ROWS * many + 2, w, self.conv1.out_channels)
         out_Bn2wF = x_BCHW.new_empty(batch, groups, 2, w // 2, self.conv2.out_channels)
         for first in range(0, groups, many):
@@ -359,9 +359,10 @@ class FoldedStem(Stem):
             half_BHWF[:, :known] = half_BHWF[:, -2:] if first else 0
             top, end = ROWS * first - 1 + known, min(ROWS * last + 1, h)
             rows_BHWF = half_BHWF[:, : ROWS * (last - first) + 2]
-            _halved(self.conv1, x_BCHW, top, rows_BHWF[:, known : known + end - top])
+            if top < end:  # else what is left of the map is known
+                _halved(self.conv1, x_BCHW, top, rows_BHWF[:, known : known + end - top])
             rows_BHWF[:, known + end - top :] = 0
-            four = self.by_rows(rows_BHWF)
+            four = by_rows(rows_BHWF)
             for i in range(2):
                 out_BnwF = out_Bn2wF[:, first:last, i]
                 _columns_halved(torch.maximum(*four[2 * i : 2 * i + 2]), out_BnwF).relu_()
@@ -369,10 +370,7 @@ class FoldedStem(Stem):
 
 
 def _halved(conv: nn.Conv2d, x_BCHW: Tensor, top: int, out_BhwF: Tensor) -> Tensor:
-    """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU: rows from `top` on, into `out`.
-
-    Bit for bit that of whole pictures (tests).
-    """
+    """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU: rows from `top` on, into `out`."""
     batch, _, height, width = x_BCHW.shape
     h, features = out_BhwF.shape[1], out_BhwF.shape[3]
     most = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)

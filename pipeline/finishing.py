@@ -1,8 +1,8 @@
 """From scores on the native grid to labels: up-sampling, argmax, confidence, counts, by rows.
 
-Four passes over the scores at full size, each of which a core does eight or sixteen values at a
-time: the greatest, what is missing to it, the place of the one that misses nothing, and two to the
-power of what is missing. torch's own `max` with places goes value by value (2.13: 1.7 to 5 ns a
+Whatever passes over the scores at full size a core does eight or sixteen values at a time: the
+greatest, what is missing to it, the rank of what misses nothing, and two to the power of what is
+missing. torch's own `max` with places goes value by value (2.13: 1.7 to 5 ns a
 value, against 0.6 for these; 2026-11-29), its comparisons make booleans value by value, and exp2 is
 half of exp.
 
@@ -30,6 +30,7 @@ def upsampled(
     size: tuple[int, int],
     y0: int,
     y1: int,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Pixel rows y0 to y1 of the bilinear up-sampling of a whole grid, from the rows at hand.
 
@@ -40,25 +41,23 @@ def upsampled(
         size: height and width over which they are stretched, in pixels.
         y0: first pixel row.
         y1: the row after the last.
+        scale: what the scores are multiplied by on the way.
 
     Returns:
         logits_KHW with y1 - y0 rows, as `interpolate(align_corners=False)` of the whole would give.
     """
-    rows = torch.arange(y0, y1, device=scores_Khw.device, dtype=torch.float64)
+    rows = torch.arange(y0, y1, dtype=torch.float64)  # on the host: a GPU divides less exactly
     at = ((rows + 0.5) * cells[0] / size[0] - 0.5).clamp_(min=0)
     upper = at.floor()
     lower = (upper + 1).clamp_(max=cells[0] - 1)
-    share = (at - upper).to(scores_Khw.dtype)[None, :, None]
+    first, last = int(upper[0]), int(lower[-1])
+    device = scores_Khw.device
     # Rows are widened while they are few: torch does that value by value.
-    first, above = (
-        math.floor(max((y + 0.5) * cells[0] / size[0] - 0.5, 0.0)) for y in (y0, y1 - 1)
-    )
-    last = min(above + 1, cells[0] - 1)
-    wide_KhW = interpolate(
-        scores_Khw[:, first - g0 : last - g0 + 1], size=size[1], mode="linear", align_corners=False
-    )
-    top_KHW = wide_KhW.index_select(1, (upper - first).long())
-    bottom_KHW = wide_KhW.index_select(1, (lower - first).long())
+    near_Khw = scores_Khw[:, first - g0 : last - g0 + 1] * scale
+    wide_KhW = interpolate(near_Khw, size=size[1], mode="linear", align_corners=False)
+    top_KHW = wide_KhW.index_select(1, (upper - first).long().to(device))
+    bottom_KHW = wide_KhW.index_select(1, (lower - first).long().to(device))
+    share = (at - upper).to(scores_Khw.dtype)[None, :, None].to(device)
     return top_KHW.lerp_(bottom_KHW, share)
 
 

@@ -29,10 +29,9 @@ from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
-# Score values up-sampled at once. On a CPU, what stays in the cache from pass to pass, but no fewer
-# rows than make their beginning cheap; a GPU wants few calls.
-STRIP = {"cpu": 350_000, "cuda": 4_000_000}
-ROWS = 16
+STRIP = 4_000_000  # score values up-sampled at once, at most: 16 MB of float32
+# Of them a CPU's cache keeps so many from pass to pass; fewer rows cost more than that saves.
+CACHED, ROWS = 350_000, 16
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -279,12 +278,14 @@ class Segmenter:
         confidence: bool,
     ) -> Rows:
         classes = scores_Khw.shape[0]
-        octaves_Khw = scores_Khw * OCTAVE
-        step = max(ROWS, STRIP[scores_Khw.device.type] // (classes * size[1]))
+        row = classes * size[1]
+        step = max(1, STRIP // row)
+        if scores_Khw.device.type == "cpu":
+            step = min(step, max(ROWS, CACHED // row))
         parts = []
         for y0 in range(*span, step):
             y1 = min(y0 + step, span[1])
-            octaves_KHW = upsampled(octaves_Khw, g0, cells, size, y0, y1)[:, :, :width]
+            octaves_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1, OCTAVE)[:, :, :width]
             blank = (
                 None
                 if nodata is None

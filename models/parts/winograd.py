@@ -47,7 +47,7 @@ class RowWinograd(nn.Module):
         super().__init__()
         if not winnable(conv):
             raise ValueError(f"only 3 x 3, stride 1, padding 1, without groups: {conv}")
-        points_63 = torch.tensor(KERNEL, dtype=torch.float64)
+        points_63 = torch.tensor(KERNEL, dtype=torch.float64, device=conv.weight.device)
         kernel = torch.einsum("py,fcyx->pfxc", points_63, conv.weight.double())
         self.register_buffer("kernel_6FyxC", kernel.unsqueeze(2).to(conv.weight), persistent=False)
         bias = None if conv.bias is None else conv.bias.detach().clone()
@@ -98,17 +98,27 @@ def _mixed(r0: Tensor, r1: Tensor, r2: Tensor, r3: Tensor, r4: Tensor, r5: Tenso
     ]
 
 
+def row_winograd(conv: nn.Conv2d) -> RowWinograd | None:
+    """The convolution's six kernels, where they are of use: not on a GPU."""
+    return RowWinograd(conv) if winnable(conv) and conv.weight.device.type == "cpu" else None
+
+
 def faster(conv: nn.Conv2d) -> nn.Module:
-    """The convolution, by this way on a CPU if that is the faster one."""
-    return ByRows(conv) if winnable(conv) and conv.in_channels >= CHANNELS else conv
+    """The convolution, by this way on a CPU if that is the faster one.
+
+    Its weights then take three times the memory: other number types and torch.compile want the
+    direct ones.
+    """
+    by_rows = row_winograd(conv) if conv.in_channels >= CHANNELS else None
+    return conv if by_rows is None else ByRows(conv, by_rows)
 
 
 class ByRows(nn.Module):
     """A convolution that takes this way where it can."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, by_rows: RowWinograd) -> None:
         super().__init__()
-        self.conv, self.by_rows = conv, RowWinograd(conv)
+        self.conv, self.by_rows = conv, by_rows
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """x_BFHW."""

@@ -312,8 +312,7 @@ def test_a_picture_finished_in_strips_equals_one_finished_whole(segmenter, monke
     chosen = pictures(nodata=True)
     whole = answers(segmenter, chosen, 10**9)
 
-    monkeypatch.setitem(infer.STRIP, "cpu", 2000)
-    monkeypatch.setattr(infer, "ROWS", 1)
+    monkeypatch.setattr(infer, "STRIP", 2000)
 
     for image_id, rows in answers(segmenter, chosen, 10**9).items():
         assert np.array_equal(rows.labels_HW, whole[image_id].labels_HW)

@@ -45,6 +45,7 @@ from models.parts.folding import (
 from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
+from models.parts.strips import spans
 from models.parts.winograd import ROWS, RowWinograd, row_winograd
 
 ABOUT = About(
@@ -90,7 +91,7 @@ EXPANSION = 2  # inside a block: four, as in ConvNeXt, costs twice as much for l
 STRIP = (
     16  # rows at 1/4: some MB at 1024 pixels, what a core's cache holds (measured: 8 to 32 equal)
 )
-STEM_STRIP = 4 * 1024**2  # bytes of a strip's convolution (measured: 2 to 8 MB equal, 1 slower)
+STEM_STRIP = 2 * 1024**2  # bytes of a strip's convolution, or twice that (measured: 2 to 8 equal)
 SPREADS = (
     1,
     2,
@@ -349,18 +350,18 @@ class FoldedStem(Stem):
         batch, _, height, width = x_BCHW.shape
         h, w = height // 2, width // 2
         groups = -(-h // ROWS)
-        many = by_rows.groups_at_once(batch, w, groups)
-        half_BHWF = x_BCHW.new_empty(batch, ROWS * many + 2, w, self.conv1.out_channels)
         out_Bn2wF = x_BCHW.new_empty(batch, groups, 2, w // 2, self.conv2.out_channels)
-        for first in range(0, groups, many):
-            last = min(first + many, groups)
-            # Rows 4 first - 1 to 4 last of the first map: two of them are there already.
-            known = 2 if first else 1
-            half_BHWF[:, :known] = half_BHWF[:, -2:] if first else 0
+        rows_BHWF = x_BCHW.new_zeros(batch, 1, w, self.conv1.out_channels)  # above the map
+        for first, last in spans(groups, by_rows.groups_at_once(batch, w)):
+            # Rows 4 first - 1 to 4 last of the first map: one or two of them are there already.
+            known_BHWF = rows_BHWF[:, -2:]
+            known = known_BHWF.shape[1]
             top, end = ROWS * first - 1 + known, min(ROWS * last + 1, h)
-            rows_BHWF = half_BHWF[:, : ROWS * (last - first) + 2]
-            if top < end:  # else what is left of the map is known
-                _halved(self.conv1, x_BCHW, top, rows_BHWF[:, known : known + end - top])
+            rows_BHWF = x_BCHW.new_empty(
+                batch, ROWS * (last - first) + 2, w, self.conv1.out_channels
+            )
+            rows_BHWF[:, :known] = known_BHWF
+            _halved(self.conv1, x_BCHW, top, rows_BHWF[:, known : known + end - top])
             rows_BHWF[:, known + end - top :] = 0
             four = by_rows(rows_BHWF)
             for i in range(2):
@@ -373,13 +374,8 @@ def _halved(conv: nn.Conv2d, x_BCHW: Tensor, top: int, out_BhwF: Tensor) -> Tens
     """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU: rows from `top` on, into `out`."""
     batch, _, height, width = x_BCHW.shape
     h, features = out_BhwF.shape[1], out_BhwF.shape[3]
-    most = max(1, STEM_STRIP // (batch * width * features * x_BCHW.element_size()) // 2)
-    # Strips alike, for torch leaves oneDNN where very little is left for the last one (2.13: under
-    # 20,480 values, of one picture), and other code gives other last bits.
-    strips = -(-h // most)
-    strip = -(-h // strips)
-    for start in range(0, h, strip):
-        stop = min(start + strip, h)
+    row = batch * width * features * x_BCHW.element_size()
+    for start, stop in spans(h, STEM_STRIP // row // 2):
         first, last = 2 * (top + start) - 1, 2 * (top + stop) + 1
         rows = x_BCHW[:, :, max(first, 0) : last]
         if first < 0 or last > height:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-STRIP = 2 * 1024**2  # bytes of one of the six planes at a time (measured: 1 to 4 MB equal)
+from models.parts.strips import spans
+
+STRIP = 1024**2  # bytes of one of the six planes at a time, or twice that (measured: 1 to 4 equal)
 ROWS = 4
 """Rows of outputs that are computed from each other's sums."""
 CHANNELS = 128
@@ -53,11 +55,10 @@ class RowWinograd(nn.Module):
         bias = None if conv.bias is None else conv.bias.detach().clone()
         self.register_buffer("bias_F", bias, persistent=False)
 
-    def groups_at_once(self, batch: int, width: int, groups: int) -> int:
-        """How many groups of four rows stay near a core, in strips that are alike."""
-        row = batch * width * self.kernel_6FyxC.shape[1] * self.kernel_6FyxC.element_size()
-        strips = -(-groups // max(1, STRIP // row))
-        return -(-groups // strips)
+    def groups_at_once(self, batch: int, width: int) -> int:
+        """How many groups of four rows stay near a core."""
+        kernel = self.kernel_6FyxC
+        return STRIP // (batch * width * kernel.shape[1] * kernel.element_size())
 
     def forward(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
         """Every first, second, third and fourth row of n groups: four y_BnWF.
@@ -130,9 +131,7 @@ class ByRows(nn.Module):
         x_BHWC = pad(x_BCHW, (0, 0, 1, 1 + more)).permute(0, 2, 3, 1).contiguous()
         batch, groups, width = len(x_BCHW), (height + more) // ROWS, x_BCHW.shape[3]
         out_BniWF = x_BHWC.new_empty(batch, groups, ROWS, width, self.conv.out_channels)
-        many = self.by_rows.groups_at_once(batch, width, groups)
-        for first in range(0, groups, many):
-            last = min(first + many, groups)
+        for first, last in spans(groups, self.by_rows.groups_at_once(batch, width)):
             for i, row_BnWF in enumerate(self.by_rows(x_BHWC[:, ROWS * first : ROWS * last + 2])):
                 out_BniWF[:, first:last, i] = row_BnWF
         return out_BniWF.flatten(1, 2)[:, :height].permute(0, 3, 1, 2)

@@ -45,7 +45,7 @@ from models.parts.folding import (
 from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
-from models.parts.strips import spans
+from models.parts.strips import pays, spans
 from models.parts.winograd import ROWS, RowWinograd, row_winograd
 
 ABOUT = About(
@@ -334,8 +334,7 @@ class FoldedStem(Stem):
 
     def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
         """See `Stem.forward`."""
-        elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
-        if elsewhere or sizes_B2 is not None or torch.is_grad_enabled() or not len(x_BCHW):
+        if not pays(x_BCHW) or sizes_B2 is not None or not len(x_BCHW):
             return super().forward(x_BCHW, sizes_B2)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         if self.by_rows is not None and x_BCHW.dtype == torch.float32:

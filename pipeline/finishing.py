@@ -2,9 +2,8 @@
 
 Whatever passes over the scores at full size a core does eight or sixteen values at a time: the
 greatest, what is missing to it, the rank of what misses nothing, and two to the power of what is
-missing. torch's own `max` with places goes value by value (2.13: 1.7 to 5 ns a
-value, against 0.6 for these; 2026-11-29), its comparisons make booleans value by value, and exp2 is
-half of exp.
+missing. torch's own `max` with places goes value by value (2.13: 1.7 to 5 ns a value, against 0.6
+for these; 2026-11-29), its comparisons make booleans value by value, and exp2 is half of exp.
 
 Shapes: K classes; h, w native grid; H, W pixels.
 """

@@ -2,6 +2,15 @@
 
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
+
+def pays(x_BCHW: Tensor) -> bool:
+    """Whether strips are of use: on a CPU, to infer, by torch's own operations."""
+    elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
+    return not elsewhere and not torch.is_grad_enabled()
+
 
 def spans(length: int, each: int) -> list[tuple[int, int]]:
     """Where strips begin and end: all of one size, the last one takes up to twice as much.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from models.parts.strips import spans
+from models.parts.strips import pays, spans
 
 STRIP = 1024**2  # bytes of one of the six planes at a time, or twice that (measured: 1 to 4 equal)
 ROWS = 4
@@ -123,8 +123,7 @@ class ByRows(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """x_BFHW."""
-        elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
-        if elsewhere or x_BCHW.dtype != torch.float32 or torch.is_grad_enabled():
+        if not pays(x_BCHW) or x_BCHW.dtype != torch.float32:
             return self.conv(x_BCHW)
         height = x_BCHW.shape[2]
         more = -height % ROWS

@@ -188,6 +188,8 @@ def test_the_folded_stem_in_strips_is_the_plain_one_up_to_rounding(size, batch):
     with torch.inference_mode():
         folded_BFhw = FoldedStem(stem)(x_BCHW, None)
         torch.testing.assert_close(folded_BFhw, exact_BFhw, rtol=0, atol=1e-5)
+        sizes_B2 = torch.tensor([size, (4, 4)])[:batch]
+        assert torch.equal(FoldedStem(stem)(x_BCHW, sizes_B2), stem(x_BCHW, sizes_B2))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -206,8 +208,11 @@ def test_the_folded_stem_joins_strips_of_four_rows(batch, monkeypatch):
 def test_the_folded_stem_in_half_precision_is_the_plain_one_bit_for_bit(size):
     stem = lively({}).encoder.bfloat16()
     x_BCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sizes_B2 = torch.tensor([size, (4, 4)])
     with torch.inference_mode():
-        assert torch.equal(FoldedStem(stem)(x_BCHW, None), stem(x_BCHW, None))
+        for batch in (1, 2):
+            for given in ((x_BCHW[:batch], None), (x_BCHW[:batch], sizes_B2[:batch])):
+                assert torch.equal(FoldedStem(stem)(*given), stem(*given))
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "m", "l"])

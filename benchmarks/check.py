@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.batching import compared, web
 from benchmarks.corpora import pictures, repeated
-from benchmarks.limit import Staged, limit_of, run_once, stage_costs
+from benchmarks.limit import Staged, limits_of, run_once, stage_costs
 from benchmarks.models import answer, forms, lively, turns
 from benchmarks.record import commit, machine
 from benchmarks.storage import measured
@@ -85,7 +85,8 @@ def near_the_limit() -> float:
         stage_costs(files, segmenter, 2**17)
         costs = [stage_costs(files, segmenter, 2**17) for _ in range(3)]
         run = run_once(source, Path(folder) / "run", "demo", "process")
-    limit, _ = limit_of(costs, len(os.sched_getaffinity(0)))
+    limits, _ = limits_of(costs, len(os.sched_getaffinity(0)))
+    limit = min(limits.values())
     return run["steady"] * run["megapixels"] / limit
 
 

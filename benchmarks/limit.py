@@ -19,14 +19,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.corpora import pictures, repeated
 from benchmarks.record import record
 from pipeline.batch import pack
+from pipeline.captured import Captured
+from pipeline.clock import Pass
+from pipeline.config import Inference
 from pipeline.create import OVERLAP, TILE, grid_of, read_bundle
 from pipeline.decode import DecodeLimits, decode
 from pipeline.fragment import CLASS_STATS, DETAIL, IMAGES, assemble, slots_of
@@ -46,7 +51,7 @@ class Costs:
     """What a megapixel costs."""
 
     seconds: dict[str, float]
-    """Of one thread, per stage; of the GPU for its three."""
+    """Of one thread, per stage; on a GPU its own seconds, all under `forward`."""
     model_only: float | None
     """Seconds of the GPU with inputs in pinned memory; None on a CPU."""
 
@@ -65,16 +70,10 @@ class Staged(Segmenter):
         return self._timed_as("finish", super()._finish, *about)
 
     def _timed_as(self, stage, work, *about):
-        self._settled()
         start = time.perf_counter()
         made = work(*about)
-        self._settled()
         self.spent[stage] += time.perf_counter() - start
         return made
-
-    def _settled(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def stage_costs(files: list[Path], segmenter: Staged, budget: int) -> Costs:
@@ -99,7 +98,8 @@ def stage_costs(files: list[Path], segmenter: Staged, budget: int) -> Costs:
     segmenter.spent = Counter()
     start = time.perf_counter()
     batches = pack(cut(decoded, grid), budget, 2**40, grid.align)
-    answers = segmenter.predict(batches, confidence=False)
+    passes: list[Pass] = []
+    answers = segmenter.predict(batches, confidence=False, saw=passes.append)
 
     def finish(*about):
         return segmenter.finish(*about, confidence=False)
@@ -107,6 +107,8 @@ def stage_costs(files: list[Path], segmenter: Staged, budget: int) -> Costs:
     strips = list(stitch(answers, grid, finish))
     spent["forward"] = time.perf_counter() - start - segmenter.spent.total()
     spent.update(segmenter.spent)
+    if segmenter.device.type != "cpu":
+        spent["forward"] = sum(one.device_s for one in passes)
     start = time.perf_counter()
     frames = [f for strip in strips for f in slots_of(strip.rows.labels_HW, SLOT, 255)]
     spent["encode"] = time.perf_counter() - start
@@ -147,26 +149,48 @@ def model_only(segmenter: Segmenter, decoded: list[Picture], budget: int) -> flo
         torch.cuda.synchronize()
         start = time.perf_counter()
         for x_BCHW, sizes in passes:
-            x_BCHW = x_BCHW.to(segmenter.device, non_blocking=True).float()
+            x_BCHW = x_BCHW.to(segmenter.device, non_blocking=True).to(number)
             segmenter.model(x_BCHW, sizes, native=True)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    through()
-    return min(through() for _ in range(3))
+    number = next(segmenter.model.parameters()).dtype
+    own, segmenter.model.grid = segmenter.model.grid, by_graphs(segmenter.model.grid)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        through()
+        seconds = min(through() for _ in range(3))
+    segmenter.model.grid = own
+    return seconds
 
 
-def limit_of(costs: list[Costs], cores: int) -> tuple[float, dict[str, float]]:
-    """Megapixels per second, and the medians per stage."""
+def by_graphs(grid: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The model's work with CUDA graphs: as fast as it can be alone."""
+    captured = Captured()
+
+    def work(x_BCHW: torch.Tensor, sizes_B2: torch.Tensor | None) -> torch.Tensor:
+        if sizes_B2 is None:
+            return captured("even", [x_BCHW], lambda given: [grid(given[0], None)])[0]
+        return captured("uneven", [x_BCHW, sizes_B2], lambda given: [grid(*given)])[0]
+
+    return work
+
+
+def limits_of(costs: list[Costs], cores: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Megapixels per second that each of what works could do alone, and the medians per stage."""
     stage = {name: statistics.median(c.seconds[name] for c in costs) for name in STAGES}
     on_gpu = [c.model_only for c in costs if c.model_only is not None]
     if not on_gpu:
-        return cores / sum(stage.values()), stage
+        return {f"{cores} cores": cores / sum(stage.values())}, stage
     beside = stage["read"] + stage["decode"] + stage["encode"] + stage["commit"]
-    return min(1 / statistics.median(on_gpu), cores / beside), stage
+    return {
+        "the model alone on the GPU": 1 / statistics.median(on_gpu),
+        f"{cores} cores beside it": cores / beside,
+    }, stage
 
 
-def run_once(source: Path, out: Path, model: str, on: str) -> dict[str, float]:
+def run_once(
+    source: Path, out: Path, model: str, on: str, more: Sequence[str] = ()
+) -> dict[str, Any]:
     """One whole command."""
     start = time.perf_counter()
     command = [
@@ -183,6 +207,7 @@ def run_once(source: Path, out: Path, model: str, on: str) -> dict[str, float]:
         on,
         "--log",
         "json",
+        *more,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in {0, 3}:
@@ -195,6 +220,7 @@ def run_once(source: Path, out: Path, model: str, on: str) -> dict[str, float]:
         "whole": call["images"] / (time.perf_counter() - start),
         "steady": call["images_per_second_first_to_last_fragment"],
         "megapixels": call["megapixels"] / call["images"],
+        "bottleneck": call["bottleneck"],
     }
 
 
@@ -208,46 +234,55 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=96)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--on", nargs="+", default=["process", "local"])
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    segmenter = Staged(*read_bundle(given.model), given.device)
+    inference = Inference(precision=given.precision)
+    segmenter = Staged(*read_bundle(given.model), given.device, None, inference)
+    more = ["--compute.device", given.device, "--inference.precision", given.precision]
+    more += [] if given.workers is None else ["--compute.workers", str(given.workers)]
     budget = segmenter.probe()
     files = pictures(given.pictures)
     sample = files[:: max(1, len(files) // given.sample)][: given.sample]
     costs: list[Costs] = []
-    rates: dict[str, list[dict[str, float]]] = {on: [] for on in given.on}
+    rates: dict[str, list[dict[str, Any]]] = {on: [] for on in given.on}
     with tempfile.TemporaryDirectory() as folder:
         source = repeated(given.pictures, given.images, Path(folder) / "pictures")
         stage_costs(sample[:4], segmenter, budget)  # warm
         for turn in range(given.repeats):
             costs.append(stage_costs(sample, segmenter, budget))
             for on in given.on:
-                rates[on].append(
-                    run_once(source, Path(folder) / f"run-{on}-{turn}", given.model, on)
-                )
+                out = Path(folder) / f"run-{on}-{turn}"
+                rates[on].append(run_once(source, out, given.model, on, more))
         costs.append(stage_costs(sample, segmenter, budget))
-    limit, stage = limit_of(costs, cores)
+    limits, stage = limits_of(costs, cores)
+    limit = min(limits.values())
     size = rates[given.on[0]][0]["megapixels"]
     lines = [
         (
             f"{given.images} pictures of {size:.3f} MP on average"
             f" ({', '.join(p.name for p in given.pictures)}), budget {budget} px,"
+            f" {given.precision}, {given.workers or 'default'} workers,"
             f" {given.repeats} runs, medians; stages measured on {len(sample)} of them"
         ),
         "",
         "| stage | ms a megapixel, one thread |",
         "|---|---|",
         *(f"| {name} | {1000 * seconds:.2f} |" for name, seconds in stage.items()),
-        (f"| work-bound limit, {cores} cores | {limit:.2f} MP/s, {limit / size:.2f} pictures/s |"),
+        *(
+            f"| limit: {name} | {most:.2f} MP/s, {most / size:.2f} pictures/s |"
+            for name, most in limits.items()
+        ),
         "",
         (
             "| --on | first to last fragment, pictures/s (MP/s) | of the limit"
             " | by its receipt | storage and tables | whole command, pictures/s (MP/s)"
-            " | of the limit |"
+            " | of the limit | bottleneck by its receipt |"
         ),
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for on, turns in rates.items():
         steady = statistics.median(t["steady"] for t in turns)
@@ -257,7 +292,7 @@ def main() -> None:
         lines.append(
             f"| {on} | {steady:.2f} ({steady * size:.2f}) | {steady * size / limit:.2f}"
             f" | {own:.2f} | {storing:.1%} | {whole:.2f} ({whole * size:.2f})"
-            f" | {whole * size / limit:.2f} |"
+            f" | {whole * size / limit:.2f} | {turns[-1]['bottleneck']} |"
         )
     record(f"end to end against the limit: {', '.join(p.name for p in given.pictures)}", lines)
 

@@ -113,6 +113,7 @@ class DepictSegmenter(Segmenter):
     """An encoder and DEPICT."""
 
     receptive_field = None  # attention sees everything
+    captures = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()

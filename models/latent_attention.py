@@ -291,7 +291,7 @@ class FoldedSeed(Segmenter):
     """The tutorial's net, multiplied out (MODELS.md section 1.6)."""
 
     stride, min_side, partial_cells, receptive_field = 4, 4, False, None
-    replays = True
+    replays = captures = True
 
     @torch.no_grad()
     def __init__(self, plain: SeedSegmenter) -> None:
@@ -565,7 +565,7 @@ class FoldedPlus(Segmenter):
     """
 
     stride, multiple, receptive_field = 4, 16, None
-    replays = True
+    replays = captures = True
     head_KD: Tensor
     narrow_KX: Tensor
     bias_K1: Tensor

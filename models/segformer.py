@@ -348,6 +348,7 @@ class FoldedSegFormer(Segmenter):
     """The net for inference: bare layer norms, and the head at every stage's own side."""
 
     stride, multiple, receptive_field = SegFormer.stride, SegFormer.multiple, None
+    captures = True
 
     @torch.no_grad()
     def __init__(self, plain: SegFormer) -> None:

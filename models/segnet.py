@@ -208,6 +208,7 @@ class FoldedSegNet(Segmenter):
     """
 
     stride, receptive_field = SegNet.stride, SegNet.receptive_field
+    captures = True
     scale_C11: Tensor
     shift_C11: Tensor
 

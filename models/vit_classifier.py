@@ -226,6 +226,8 @@ def at_least(table_ND: Tensor, count: int) -> Tensor:
 class FoldedViTClassifier(Classifier):
     """The net for inference: the last block works for the class token alone."""
 
+    captures = True
+
     @torch.no_grad()
     def __init__(self, plain: ViTClassifier) -> None:
         super().__init__()

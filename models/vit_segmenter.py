@@ -151,6 +151,7 @@ class FoldedViTSegmenter(Segmenter):
     """The net for inference: no batch norm, patches cut and embedded by one convolution."""
 
     stride, receptive_field = 1, None
+    captures = True
 
     @torch.no_grad()
     def __init__(self, plain: ViTSegmenter) -> None:

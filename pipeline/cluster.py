@@ -225,7 +225,7 @@ class OnRay:
         count = self._wanted(alive)
         worker = ray.remote(_Worker).options(
             num_cpus=_share(alive, count),
-            num_gpus=gpus,
+            num_gpus=gpus and _gpu_share(alive, count),
             max_concurrency=GPU_THREADS if gpus else 1,
             max_restarts=-1,
             max_task_retries=TRIES - 1,
@@ -272,7 +272,7 @@ class OnRay:
         return {
             "compute": strategy,
             "num_cpus": _share(alive, wanted),
-            **({"num_gpus": gpus} if gpus else {}),
+            **({"num_gpus": _gpu_share(alive, wanted)} if gpus else {}),
         }
 
 
@@ -282,6 +282,12 @@ def _share(nodes: list[dict[str, float]], actors: int) -> float:
     if len(cpus) < 2:
         return SEGMENT_CPUS
     return round(max(0.05, min(SEGMENT_CPUS, (sum(cpus[:-1]) - 1) / actors)), 3)
+
+
+def _gpu_share(nodes: list[dict[str, float]], actors: int) -> float:
+    """GPUs an actor holds: one, or a part of one where there are more actors than GPUs."""
+    gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+    return 1 if actors <= gpus or not gpus else 1 / -(-actors // gpus)
 
 
 def _guard() -> None:

@@ -65,8 +65,9 @@ class Batch(_Knobs):
 class Inference(_Knobs):
     """How the model computes. The plain choices are exact; the others trade labels for speed."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: half the memory, and faster where the hardware knows it; some labels differ
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: products of 11 bits, several times faster on GPUs that know them (on a CPU: fp32).
+    bf16: half the memory too, and faster where the hardware knows it. Some labels differ
     (docs/models.md says how many)."""
     compile: bool = False
     """Compile the model for the shapes it meets (torch.compile): pays in long runs of few sizes."""
@@ -76,7 +77,8 @@ class Compute(_Knobs):
     """What may be used to do the work. Does not change the answers."""
 
     workers: int | None = Field(default=None, ge=1)
-    """Segmenting workers; default: one per GPU, else one per core."""
+    """Segmenting workers; default: one per GPU, else one per core. On Ray more than there are GPUs
+    share them; in one process they are the fragments it works on at a time."""
     decode_threads: int = Field(default=2, ge=1)
     """Threads that decode ahead of the model, per worker."""
     fetch_threads: int = Field(default=16, ge=1)

@@ -1,16 +1,15 @@
-"""The model on a device: batches in, answers out. torch lives here, and in finishing.py.
+"""The model on a device: batches in, answers out. torch lives here and in the three files around.
 
-Whole pictures come back as finished labels and counts; of tiled pictures only native scores leave
-this file, and `Segmenter.finish` turns blended scores into labels, strip by strip, the same way.
-Scores are never kept at full size: a strip of at most `STRIP` values is up-sampled (bilinear,
-half-pixel centres), reduced to labels, and forgotten. A classifier's scores end as a softmax.
+Pixels become a model's numbers in feeding.py, scores become labels in finishing.py; a CPU does so
+picture by picture (here), a GPU batch by batch (gpu.py). Whole pictures come back as finished
+labels and counts; of tiled pictures only native scores, and `Segmenter.finish` turns blended scores
+into labels the same way. A classifier's scores end as a softmax.
 
 Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
 """
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -23,15 +22,14 @@ from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
 from pipeline.config import Inference, SegmentConfig
 from pipeline.errors import RunRefused
-from pipeline.finishing import OCTAVE, counted, decided, upsampled
+from pipeline.feeding import on_host
+from pipeline.finishing import Finisher, as_array
+from pipeline.gpu import Gpu, Queues, Streams
 from pipeline.heap import Holes, keep_freed_memory
 from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
-STRIP = 4_000_000  # score values up-sampled at once, at most: 16 MB of float32
-# Of them a CPU's cache keeps so many from pass to pass; fewer rows cost more than that saves.
-CACHED, ROWS = 350_000, 16
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -62,6 +60,8 @@ class Segmenter:
             keep_freed_memory()
             few_primitives()
             torch.set_num_threads(1)
+        else:
+            _products_of(inference.precision)
         # torch's own stub of Module.to leaves memory_format out.
         model = model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model = model.eval().folded()
@@ -78,17 +78,15 @@ class Segmenter:
             setattr(self.model, work, torch.compile(getattr(self.model, work)))
         elif self.device.type == "cpu" and self.model.replays:
             self.model.grid = Replayed(self.model.grid)
-        ids = [entry.id for entry in self.bundle.classes]
-        self.dtype = np.dtype(np.uint8 if max(ids) < 255 else np.uint16)
-        self.fill = int(np.iinfo(self.dtype).max)
-        kind = torch.uint8 if self.dtype == np.uint8 else torch.int32  # uint16 has few operators
-        self._ids_K = torch.tensor(ids, device=self.device).to(kind)
-        self._identity = ids == list(range(len(ids)))
-        self._kind = kind
-        self._lock = threading.Lock() if self.device.type != "cpu" else _NoLock()
+        self._finisher = Finisher([entry.id for entry in self.bundle.classes], self.device)
+        self.dtype, self.fill = self._finisher.dtype, self._finisher.fill
+        self._gpu = None if self.device.type == "cpu" else self._on_gpu(Streams(self.device))
         self._holes = Holes()
         self._most_tiles: dict[tuple[int, int], int] = {}
         """Tiles of a padded shape that fit the memory, learnt from running out of it."""
+
+    def _on_gpu(self, queues: Queues) -> Gpu:
+        return Gpu(self.model, self.bundle.input, self._finisher, self._number, queues, self.device)
 
     # ------------------------------------------------------------------------------- predicting
 
@@ -125,10 +123,7 @@ class Segmenter:
         saw: Callable[[Pass], None],
     ) -> Iterator[TileAnswer]:
         try:
-            with self._lock:
-                start = time.perf_counter()
-                answers = self._run(tiles, height, width, confidence)
-                held = time.perf_counter() - start  # answers are on the host: the GPU is done
+            answers, held = self._run(tiles, height, width, confidence)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -154,7 +149,7 @@ class Segmenter:
     ) -> Iterator[Pass]:
         """How tiles went through the model: on a CPU one by one, each padded for itself."""
         areas = [tile.height * tile.width for tile in tiles]
-        if self.device.type != "cpu":
+        if self._gpu is not None:
             yield Pass(len(tiles), sum(areas), len(tiles) * height * width, held)
             return
         for tile, area in zip(tiles, areas, strict=True):
@@ -163,24 +158,24 @@ class Segmenter:
     @torch.inference_mode()
     def _run(
         self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
-    ) -> list[TileAnswer]:
-        sizes = [
-            (max(t.height, self.model.min_side), max(t.width, self.model.min_side)) for t in tiles
-        ]
-        x_BCHW = self._input(
-            tiles, max(height, self.model.min_side), max(width, self.model.min_side)
-        )
+    ) -> tuple[list[TileAnswer], float]:
+        """Answers, and the seconds for which they had the GPU."""
+        if self._gpu is not None:
+            return self._gpu.answers(tiles, height, width, confidence)
+        least = self.model.min_side
+        sizes = [(max(t.height, least), max(t.width, least)) for t in tiles]
+        x_BCHW = self._input(tiles, max(height, least), max(width, least))
         if self.bundle.task == "classify":
             probabilities_BK = self.model(x_BCHW, torch.tensor(sizes)).float().softmax(1)
-            answers_BK = zip(tiles, probabilities_BK.cpu().numpy(), strict=True)
-            return [TileAnswer(tile, probabilities_K=each_K) for tile, each_K in answers_BK]
+            answers_BK = zip(tiles, probabilities_BK.numpy(), strict=True)
+            return [TileAnswer(tile, probabilities_K=each_K) for tile, each_K in answers_BK], 0.0
         scores_BKhw = self.model(x_BCHW, torch.tensor(sizes), native=True)
         answers = []
         for tile, size, scores_Khw in zip(tiles, sizes, scores_BKhw, strict=True):
             h, w = self.model.native_size(*size)
             valid_Khw = scores_Khw[:, :h, :w].float()
             if tile.picture.tiled:
-                answers.append(TileAnswer(tile, scores_KGg=valid_Khw.cpu().numpy()))
+                answers.append(TileAnswer(tile, scores_KGg=valid_Khw.numpy()))
             else:
                 nodata = tile.picture.pixels.nodata_HW
                 wanted = confidence or tile.picture.large
@@ -189,50 +184,10 @@ class Segmenter:
                     valid_Khw, 0, (h, w), span, (0, tile.height), tile.width, nodata, wanted
                 )
                 answers.append(TileAnswer(tile, rows=rows))
-        return answers
+        return answers, 0.0
 
     def _input(self, tiles: tuple[Tile, ...], height: int, width: int) -> torch.Tensor:
-        """x_BCHW: normalised pixels; padding is 0, the mean.
-
-        They go to the device as they are stored, in a quarter of the bytes, and are normalised
-        there.
-        """
-        about = self.bundle.input
-        x_BHWC = torch.empty(
-            (len(tiles), height, width, about.channels), dtype=self._number, device=self.device
-        )
-        for tile, x_HX in zip(tiles, x_BHWC.flatten(2), strict=True):
-            values_HWC = tile.values_HWC
-            own = about.range if values_HWC.dtype == np.uint16 else None  # 8 bits are 0 to 255
-            lo, hi = own or (0, np.iinfo(values_HWC.dtype).max)
-            scale = (1 / ((hi - lo) * np.asarray(about.std))).astype(np.float32)
-            shift = (-(lo / (hi - lo) + np.asarray(about.mean)) / np.asarray(about.std)).astype(
-                np.float32
-            )
-            if own is not None:
-                values_HWC = np.clip(values_HWC, lo, hi)
-            if about.channels == 1 and values_HWC.shape[2] == 3:
-                values_HWC = _luma(values_HWC)
-            # By rows of all channels: three values would be a short loop (2026-11-29, one thread,
-            # a picture of 360 x 480: 0.3 ms; channel by channel it takes 1.5).
-            floats_HX = self._on_device(values_HWC).expand(-1, -1, about.channels).flatten(1)
-            scale_X, shift_X = (
-                torch.from_numpy(np.tile(factor_C, tile.width)).to(self.device)
-                for factor_C in (scale, shift)
-            )
-            x_HX[: tile.height, : len(scale_X)] = torch.addcmul(shift_X, floats_HX, scale_X)
-            x_HX[: tile.height, len(scale_X) :] = 0
-            x_HX[tile.height :] = 0
-        return x_BHWC.permute(0, 3, 1, 2)
-
-    def _on_device(self, values_HWC: Array) -> torch.Tensor:
-        """Pixels as float32 on the device; from pinned memory they are copied beside other work."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(values_HWC.astype(np.float32))
-        kind = torch.from_numpy(np.empty(0, values_HWC.dtype)).dtype
-        pinned_HWC = torch.empty(values_HWC.shape, dtype=kind, pin_memory=True)
-        pinned_HWC.numpy()[...] = values_HWC
-        return pinned_HWC.to(self.device, non_blocking=True).to(torch.float32)
+        return on_host(tiles, self.bundle.input, self._number, height, width)
 
     def between_fragments(self) -> None:
         """Now and then give back the holes that pictures of many sizes leave in the heap."""
@@ -253,14 +208,15 @@ class Segmenter:
     ) -> Rows:
         """Pixel rows y0 to y1 of a tiled picture, from blended scores that begin at grid row g0."""
         pixels = picture.pixels
-        scores = torch.from_numpy(scores_KGg)  # blended on the host, finished there
         nodata = None if pixels.nodata_HW is None else pixels.nodata_HW[y0:y1]
         span = self.model.span(
             max(pixels.height, self.model.min_side), max(pixels.width, self.model.min_side)
         )
-        wanted = confidence or picture.large
+        rest = g0, cells, span, (y0, y1), pixels.width, nodata, confidence or picture.large
         try:
-            return self._finish(scores, g0, cells, span, (y0, y1), pixels.width, nodata, wanted)
+            if self._gpu is not None:  # blended on the host, finished there
+                return self._gpu.finish(scores_KGg, *rest)
+            return self._finish(torch.from_numpy(scores_KGg), *rest)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -277,42 +233,16 @@ class Segmenter:
         nodata: Array | None,
         confidence: bool,
     ) -> Rows:
-        classes = scores_Khw.shape[0]
-        row = classes * size[1]
-        step = max(1, STRIP // row)
-        if scores_Khw.device.type == "cpu":
-            step = min(step, max(ROWS, CACHED // row))
-        parts = []
-        for y0 in range(*span, step):
-            y1 = min(y0 + step, span[1])
-            octaves_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1, OCTAVE)[:, :, :width]
-            blank = (
-                None
-                if nodata is None
-                else torch.from_numpy(np.ascontiguousarray(nodata[y0 - span[0] : y1 - span[0]]))
-            )
-            parts.append(self._reduced(octaves_KHW, blank, confidence))
-        return parts[0] if len(parts) == 1 else _joined(parts)
-
-    def _reduced(
-        self, octaves_KHW: torch.Tensor, blank_HW: torch.Tensor | None, confidence: bool
-    ) -> Rows:
-        """Labels, counts and confidences of some rows."""
-        index_HW, sure_HW = decided(octaves_KHW)
-        index_HW = index_HW.to(self._kind)
-        if blank_HW is not None:
-            blank_HW = blank_HW.to(index_HW.device)
-            index_HW = index_HW.masked_fill(blank_HW, self.fill)
-            sure_HW = sure_HW.masked_fill(blank_HW, 0.0)
-        counts, sums = counted(index_HW, sure_HW, len(octaves_KHW))
-        labels = index_HW if self._identity else self._renamed(index_HW, blank_HW)
-        certainty = (sure_HW * 255).round_().to(torch.uint8).cpu().numpy() if confidence else None
-        return Rows(labels.cpu().numpy().astype(self.dtype, copy=False), certainty, counts, sums)
-
-    def _renamed(self, index_HW: torch.Tensor, blank_HW: torch.Tensor | None) -> torch.Tensor:
-        known_HW = index_HW if blank_HW is None else index_HW.masked_fill(blank_HW, 0)
-        labels_HW = self._ids_K[known_HW.long()]
-        return labels_HW if blank_HW is None else labels_HW.masked_fill(blank_HW, self.fill)
+        blank = None if nodata is None else torch.from_numpy(np.ascontiguousarray(nodata))[None]
+        done = self._finisher.finished(
+            scores_Khw[None], g0, cells, size, span, width, blank, confidence
+        )
+        return Rows(
+            as_array(done.labels_BHW[0], self.dtype),
+            None if done.certainty_BHW is None else done.certainty_BHW[0].numpy(),
+            done.counts_BK[0].numpy(),
+            done.sums_BK[0].numpy(),
+        )
 
     # ---------------------------------------------------------------------------------- probing
 
@@ -364,21 +294,6 @@ class Segmenter:
         return min(times[1:]) / count
 
 
-def _joined(parts: list[Rows]) -> Rows:
-    sure = [p.confidence_HW for p in parts if p.confidence_HW is not None]  # all have it, or none
-    return Rows(
-        np.concatenate([p.labels_HW for p in parts]),
-        np.concatenate(sure) if sure else None,
-        np.sum([p.counts_K for p in parts], axis=0),
-        np.sum([p.confidences_K for p in parts], axis=0),
-    )
-
-
-def _luma(values_HWC: Array) -> Array:
-    """ITU-R 601-2 luma, as Pillow converts RGB to L."""
-    return (values_HWC @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
-
-
 def device_of(wanted: str) -> str:
     """`cpu` or `cuda`, for what was asked.
 
@@ -393,19 +308,18 @@ def device_of(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
+def _products_of(precision: str) -> None:
+    """How exactly this process's GPU multiplies float32; torch alone would round convolutions."""
+    digits = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = digits
+    torch.backends.cuda.matmul.fp32_precision = digits
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether it is for want of memory, the host's or a GPU's; torch has no one class for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
         error
     )
-
-
-class _NoLock:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def few_primitives() -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from models.parts.padding import cleared
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -42,6 +44,8 @@ class Network(nn.Module):
     """Whether torch.compile has something to work on."""
     replays: bool = False
     """Whether the operations of its work follow from the shape of its input alone (replay.py)."""
+    captures: bool = False
+    """Whether its work, on a GPU, never asks for a value: it can be captured as a CUDA graph."""
     receptive_field: int | None
     """Pixels one answer depends on; None: all of them."""
 
@@ -104,15 +108,28 @@ class Network(nn.Module):
     def together(self, x_BCHW: Tensor, sizes: list[Size]) -> tuple[Tensor, Tensor | None]:
         """All items on one canvas, zeros around each, and their padded sizes if they differ."""
         padded = [self.padded_size(h, w) for h, w in sizes]
-        canvas = max(h for h, _ in padded), max(w for _, w in padded)
-        if set(sizes) == {tuple(x_BCHW.shape[-2:])}:
-            x_BCHW = on_canvas([x_BCHW], canvas)
-        else:
-            items = (x_BCHW[i : i + 1, :, :h, :w] for i, (h, w) in enumerate(sizes))
-            x_BCHW = on_canvas(items, canvas)
+        height, width = canvas = max(h for h, _ in padded), max(w for _, w in padded)
+        x_BCHW = fitted(x_BCHW, sizes, canvas)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        same = set(padded) == {canvas}
-        return x_BCHW, None if same else torch.tensor(padded, device=x_BCHW.device)
+        same = set(padded) == {(height, width)}
+        return x_BCHW, None if same else beside(x_BCHW, padded)
+
+
+def fitted(x_BCHW: Tensor, sizes: list[Size], canvas: Size) -> Tensor:
+    """Items of these sizes on a canvas, zeros below and to the right of each."""
+    height, width = x_BCHW.shape[-2:]
+    x_BCHW = x_BCHW[:, :, : canvas[0], : canvas[1]]
+    if set(sizes) != {(height, width)} and set(sizes) != {canvas}:
+        x_BCHW = cleared(x_BCHW, beside(x_BCHW, sizes))
+    return on_canvas([x_BCHW], canvas)
+
+
+def beside(x_BCHW: Tensor, sizes: list[Size]) -> Tensor:
+    """sizes_B2 where the pictures are; a GPU fetches them without making the host wait."""
+    sizes_B2 = torch.tensor(sizes)
+    if x_BCHW.device.type == "cuda":
+        sizes_B2 = sizes_B2.pin_memory()
+    return sizes_B2.to(x_BCHW.device, non_blocking=True)
 
 
 def on_canvas(items: Iterable[Tensor], size: Iterable[int]) -> Tensor:

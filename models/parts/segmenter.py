@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models.parts.network import Network, on_canvas
+from models.parts.network import Network, fitted, on_canvas
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,6 +74,8 @@ class Segmenter(Network):
             scores = [self.grid(x_1CHW, None) for x_1CHW in self.alone(x_BCHW, sizes)]
         else:
             scores_BKhw = self.grid(*self.together(x_BCHW, sizes))
+            if native:
+                return fitted(scores_BKhw, cells, self.native_size(*x_BCHW.shape[-2:]))
             if len(set(sizes)) == 1:  # one stretch for all: the usual case
                 scores, cells, sizes = [scores_BKhw], cells[:1], sizes[:1]
             else:

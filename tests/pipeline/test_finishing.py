@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
-from pipeline.finishing import OCTAVE, decided
+from pipeline.finishing import OCTAVE, decided, stretched_each
 
 
 @pytest.mark.parametrize("classes", [2, 3, 11, 150, 300])
@@ -38,3 +39,21 @@ def test_what_is_no_number_is_some_class_and_not_sure():
 
     assert index_HW.unique().tolist() == [0.0]
     assert sure_HW.isnan().nonzero().tolist() == [[2, 5]]
+
+
+def test_pictures_of_several_sizes_are_stretched_each_by_its_own_measure():
+    draws = torch.Generator().manual_seed(0)
+    cells, sizes = [(16, 12), (9, 1), (1, 5)], [(67, 51), (38, 4), (4, 20)]
+    scores_BKhw = torch.randn(3, 2, 16, 12, generator=draws)
+    cells_B2, sizes_B2 = torch.tensor(cells), torch.tensor(sizes)
+
+    wide_BKhW = stretched_each(scores_BKhw, cells_B2, sizes_B2, 1, (0, 51))
+    whole_BKHW = torch.cat(
+        [stretched_each(wide_BKhW, cells_B2, sizes_B2, 0, (y, y + 1)) for y in range(67)], 2
+    )
+
+    for (h, w), (height, width), scores, found in zip(
+        cells, sizes, scores_BKhw, whole_BKHW, strict=True
+    ):
+        expected = interpolate(scores[None, :, :h, :w], size=(height, width), mode="bilinear")[0]
+        torch.testing.assert_close(found[:, :height, :width], expected, rtol=1e-5, atol=1e-5)

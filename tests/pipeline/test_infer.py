@@ -135,16 +135,16 @@ def test_class_ids_need_not_be_places_in_the_scores(tmp_path, segmenter):
 @pytest.mark.parametrize("classes", [2, 11, 150])
 def test_a_gpu_counts_as_a_cpu_does(classes):
     draws = torch.Generator().manual_seed(classes)
-    index_HW = torch.randint(0, classes - 1, (37, 53), generator=draws).to(torch.uint8)
-    index_HW[:5, :7] = 255  # no data
-    sure_HW = torch.rand(37, 53, generator=draws)
+    index_BHW = torch.randint(0, classes - 1, (2, 37, 53), generator=draws).to(torch.uint8)
+    index_BHW[1, :5, :7] = 255  # no data
+    sure_BHW = torch.rand(2, 37, 53, generator=draws)
 
-    counts, sums = finishing.counted(index_HW, sure_HW, classes)
+    counts_BK, sums_BK = finishing.counted(index_BHW, sure_BHW, classes)
 
-    there = finishing.counted_on_gpu(index_HW, sure_HW, classes)
-    assert counts.sum() == 37 * 53 - 35
-    assert np.array_equal(counts, there[0])
-    np.testing.assert_allclose(sums, there[1])
+    there = finishing.counted_on_gpu(index_BHW, sure_BHW, classes)
+    assert counts_BK.sum(1).tolist() == [37 * 53, 37 * 53 - 35]
+    assert torch.equal(counts_BK, there[0])
+    torch.testing.assert_close(sums_BK, there[1])
 
 
 def test_nodata_is_neither_classified_nor_counted(segmenter):
@@ -312,7 +312,7 @@ def test_a_picture_finished_in_strips_equals_one_finished_whole(segmenter, monke
     chosen = pictures(nodata=True)
     whole = answers(segmenter, chosen, 10**9)
 
-    monkeypatch.setattr(infer, "STRIP", 2000)
+    monkeypatch.setattr(finishing, "STRIP", 2000)
 
     for image_id, rows in answers(segmenter, chosen, 10**9).items():
         assert np.array_equal(rows.labels_HW, whole[image_id].labels_HW)

@@ -283,7 +283,7 @@ class Gpu:
     ) -> list[torch.Tensor]:
         """What the host wants to have of a batch, from what it has sent."""
         stored_BHWC, measures_MB2 = there[:2]
-        own_B2, padded_B2, *stretch = measures_MB2.unbind()
+        own_B2, padded_B2, *stretched = measures_MB2.unbind()
         shape = stored_BHWC.shape[1], stored_BHWC.shape[2]
         x_BCHW = normalised(
             stored_BHWC,
@@ -300,8 +300,9 @@ class Gpu:
             if not wanted.even:
                 outside_BHW = ~inside(own_B2, *shape)
                 blank_BHW = outside_BHW if blank_BHW is None else blank_BHW | outside_BHW
+            cells_B2, sizes_B2 = stretched
             finished = self._finisher.finished_together(
-                scores, *stretch, (0, shape[0]), shape[1], blank_BHW, wanted.confidence
+                scores, cells_B2, sizes_B2, (0, shape[0]), shape[1], blank_BHW, wanted.confidence
             )
             made += _tensors(finished)
         return made

@@ -311,7 +311,7 @@ def device_of(wanted: str) -> str:
 def _products_of(precision: str) -> None:
     """How exactly this process's GPU multiplies float32; torch alone would round convolutions."""
     digits = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = digits
+    torch.backends.cudnn.conv.fp32_precision = digits  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.fp32_precision = digits
 
 

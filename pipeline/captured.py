@@ -60,12 +60,15 @@ class Captured:
         kind = kind, *((each.shape, each.dtype) for each in given)
         if kind in self._graphs:
             return self._graphs[kind](given)
+        # Also where it is captured: what cuDNN keeps for a thread it takes at the thread's first
+        # call, and cannot while one captures.
+        answer = work(given)
         self._met[kind] += 1
         if self._met[kind] == AFTER and len(self._graphs) < MOST:
             graph = self._captured(given, work)
             if graph is not None:
                 self._graphs[kind] = graph
-        return work(given)
+        return answer
 
     def _captured(self, given: list[torch.Tensor], work: Work) -> Graph | None:
         graph, own = torch.cuda.CUDAGraph(), [each.clone() for each in given]

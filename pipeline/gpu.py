@@ -10,7 +10,6 @@ graph can be all of it (captured.py).
 Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
 """
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,8 +28,6 @@ from pipeline.feeding import factors, normalised, staged
 from pipeline.finishing import Finished, Finisher, as_array
 from pipeline.records import Array
 from pipeline.tile import Rows, Tile, TileAnswer
-
-SWITCH_S = 0.0005
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -163,9 +160,6 @@ class Gpu:
         self._captured = Captured() if model.captures and queues.captures else None
         self._lock = threading.Lock()
         self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        # A thread that gives a device work lets go of Python at every step of it, and would wait
-        # 5 ms for it each time that another thread decodes or compresses.
-        sys.setswitchinterval(SWITCH_S)
 
     def answers(
         self, tiles: Sequence[Tile], height: int, width: int, confidence: bool

@@ -56,8 +56,8 @@ class Segmenter:
         except ValueError as error:
             raise RunRefused(f"the model bundle cannot be used: {error}") from error
         self.device = torch.device(device_of(device))
+        keep_freed_memory()
         if self.device.type == "cpu":
-            keep_freed_memory()
             few_primitives()
             torch.set_num_threads(1)
         else:

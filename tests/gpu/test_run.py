@@ -27,7 +27,7 @@ def run_on(device, source, out, model, **knobs):
     outcome = segment(source, out, model, place, compute=compute, **knobs)
     assert outcome.exit_code == EXIT_REJECTIONS  # one picture is broken
     assert problems(out) == []
-    return open_run(out)
+    return open_run(str(out))
 
 
 @pytest.mark.parametrize("mix", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline.finishing import OCTAVE, decided, stretched_each
+from pipeline.finishing import OCTAVE, decided, heightened_each, widened_each
 
 
 @pytest.mark.parametrize("classes", [2, 3, 11, 150, 300])
@@ -47,13 +47,13 @@ def test_pictures_of_several_sizes_are_stretched_each_by_its_own_measure():
     scores_BKhw = torch.randn(3, 2, 16, 12, generator=draws)
     cells_B2, sizes_B2 = torch.tensor(cells), torch.tensor(sizes)
 
-    wide_BKhW = stretched_each(scores_BKhw, cells_B2, sizes_B2, 1, (0, 51))
-    whole_BKHW = torch.cat(
-        [stretched_each(wide_BKhW, cells_B2, sizes_B2, 0, (y, y + 1)) for y in range(67)], 2
+    wide_BKhW = widened_each(scores_BKhw, cells_B2, sizes_B2, 51)
+    whole_KBHW = torch.cat(
+        [heightened_each(wide_BKhW, cells_B2, sizes_B2, (y, y + 1)) for y in range(67)], 2
     )
 
     for (h, w), (height, width), scores, found in zip(
-        cells, sizes, scores_BKhw, whole_BKHW, strict=True
+        cells, sizes, scores_BKhw, whole_KBHW.transpose(0, 1), strict=True
     ):
         expected = interpolate(scores[None, :, :h, :w], size=(height, width), mode="bilinear")[0]
         torch.testing.assert_close(found[:, :height, :width], expected, rtol=1e-5, atol=1e-5)

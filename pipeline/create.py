@@ -30,6 +30,7 @@ from pipeline.listing import Listing, head
 from pipeline.place import Found, Place
 from pipeline.plan import Round, Start, plan_round, to_parquet
 from pipeline.progress import say
+from pipeline.records import PlannedImage
 from pipeline.storage import PREFLIGHT, Store, absolute, check_create_only, open_store
 from pipeline.tile import Grid
 from pipeline.versions import parse
@@ -290,6 +291,10 @@ def _one_size(config: SegmentConfig, sizes: list[tuple[int, int]]) -> tuple[int,
 
 def probed_sizes(source: Store, plan: Round) -> list[tuple[int, int]]:
     """Height and width of up to 256 images spread over the plan, from their first bytes."""
+    return [size for size in probed(source, plan.spread(PROBED)) if size]
+
+
+def probed(source: Store, images: list[PlannedImage]) -> list[tuple[int, int] | None]:
+    """Height and width of each, as far as its first bytes say."""
     with ThreadPoolExecutor(16) as pool:
-        heads = pool.map(lambda image: head(source, image, HEAD), plan.spread(PROBED))
-        return [size for size in (probe(start) for start in heads) if size]
+        return list(pool.map(lambda image: probe(head(source, image, HEAD)), images))

@@ -1,4 +1,8 @@
-"""What a run would cost: time, bytes and money, from a few of its pictures (`maskfleet plan`)."""
+"""What a run would cost: time, bytes and money (`maskfleet plan`).
+
+From the headers of a few thousand of its pictures, which say how large they are, and a few that are
+tried, which say what such a picture costs.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +19,13 @@ from pipeline.create import (
     first_round,
     layout_for,
     pinned,
+    probed,
     read_bundle,
     read_card,
     refuse_strangers,
 )
 from pipeline.errors import RunRefused, StorageMissing
-from pipeline.estimate import Range, Stratum, strata_of, total
+from pipeline.estimate import Range, Sample, strata_of
 from pipeline.layout import Layout
 from pipeline.ledger import FORECAST, RUN
 from pipeline.listing import Listing
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.sampling import Sampled
 
 STRATA = 8
+LOOKED_AT, BY_BYTES = 4096, 32  # pictures whose headers are read, and their strata
 # Of runs by their receipts, 2026-11-28, two cores (benchmarks/RESULTS.md: 0.88 to 0.98): how much
 # of the time workers are at work, the standard deviation around that, and what passes before.
 EFFICIENCY, SPREAD = 0.95, 0.06
@@ -115,10 +121,10 @@ def forecast(config: PlanConfig, place: Workers) -> Forecast:
     # Nothing is written there, but the line of a run has a place.
     asked = asked.model_copy(update={"batch": batch, "out": f"{source.uri}.never-written"})
     layout = layout_for(asked, source, plan, card)
-    strata = strata_of(plan.nbytes, STRATA, config.sample)
+    sample = _sample(plan, source, config.sample)
     workers = config.compute.workers or place.capacity.gpus or place.capacity.cores
-    tried = _tried(plan, strata, place, partial(_sampler, bundle, layout, asked), workers)
-    made = _forecast(config, plan, strata, tried, workers, found, listing)
+    tried = _tried(plan, sample, place, partial(_sampler, bundle, layout, asked), workers)
+    made = _forecast(config, plan, sample, tried, workers, found, listing)
     if out is not None:
         out.replace(FORECAST, json.dumps(asdict(made), indent=1).encode() + b"\n")
     return made
@@ -140,17 +146,31 @@ def _sampler(
     return sampler_of(bundle, layout, asked)
 
 
+def _sample(plan: Round, source: Store, drawn: int) -> Sample:
+    """Pictures to try, so that sizes in the headers of many others tell what they stand for."""
+    looked_at = strata_of(plan.nbytes, BY_BYTES, LOOKED_AT)
+    rows = np.concatenate([stratum.tried for stratum in looked_at])
+    images = plan.picked(rows)  # in the order of the plan
+    found = probed(source, images)
+    sizes = {i.image_id: s[0] * s[1] if s else 0 for i, s in zip(images, found, strict=True)}
+    first = plan.first.image_id
+    pixels = np.array([sizes[first + int(row)] for row in rows])
+    if not pixels.any():  # as in a table, whose values have no place of their own
+        pixels = plan.nbytes[rows]
+    return Sample.of(looked_at, pixels, STRATA, drawn)
+
+
 def _tried(
     plan: Round,
-    strata: list[Stratum],
+    sample: Sample,
     place: Workers,
     make: "Callable[[], Callable[[PlannedImage], Sampled]]",
     workers: int,
 ) -> "list[list[Sampled]]":
     """What the chosen pictures of each stratum have cost; in turn, so that none is warmed alone."""
-    rows = np.concatenate([stratum.tried for stratum in strata])
+    rows, first = np.concatenate(sample.rows), plan.first.image_id
     by_place = {image.image_id: image for image in plan.picked(rows)}
-    images = [by_place[row] for row in rows]
+    images = [by_place[first + int(row)] for row in rows]
     mixed = sorted(range(len(images)), key=lambda i: (i * 7919) % len(images))
     wanted = [images[i] for i in mixed]
     # Each worker's first picture also pays for a cold model: it is tried again.
@@ -160,26 +180,26 @@ def _tried(
         known = least.get(one.image_id)
         least[one.image_id] = one if known is None or one.seconds < known.seconds else known
     ids = [image.image_id for image in images]
-    ends = np.cumsum([len(stratum.tried) for stratum in strata])
+    ends = np.cumsum([len(rows) for rows in sample.rows])
     return [[least[i] for i in part] for part in np.split(np.array(ids), ends[:-1])]
 
 
 def _forecast(
     config: PlanConfig,
     plan: Round,
-    strata: list[Stratum],
+    sample: Sample,
     tried: "list[list[Sampled]]",
     workers: int,
     found: Found,
     listing: Listing,
 ) -> Forecast:
-    def over(name: str, spread: float = 0.0) -> Range:
+    def over(name: str, *, by_size: bool = True, spread: float = 0.0) -> Range:
         costs = [np.array([getattr(one, name) for one in part], float) for part in tried]
-        return total(strata, costs, spread)
+        return sample.total(costs, by_size=by_size, spread=spread)
 
     fragments = plan.fragments().num_rows
     busy = min(workers, fragments)
-    seconds = over("seconds", SPREAD).times(1 / busy / EFFICIENCY)
+    seconds = over("seconds", spread=SPREAD).times(1 / busy / EFFICIENCY)
     start = START_S["process" if config.on in (None, "process") else "ray"]
     price = config.price_per_hour
     whole = Range(seconds.low + start, seconds.expected + start, seconds.high + start)
@@ -192,7 +212,7 @@ def _forecast(
         start_s=start,
         bytes_read=int(plan.nbytes.sum()),
         bytes_written=over("stored"),
-        rejected=over("rejected").expected,
+        rejected=over("rejected", by_size=False).expected,
         workers=workers,
         device=found.device,
         sampled=sum(len(part) for part in tried),

@@ -42,8 +42,6 @@ def sampler_of(
     line = unwritten(asked, segmenter.bundle, found, layout)
 
     def sampled(image: PlannedImage) -> Sampled:
-        # Once for nothing: what the first picture of a shape pays for, a long run pays only then.
-        list(answer(load([image], line), line, segmenter, Clock()))
         clock, start = Clock(), time.perf_counter()
         loaded = clock.over("load", load([image], line))
         (result,) = answer(loaded, line, segmenter, clock)

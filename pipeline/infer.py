@@ -76,6 +76,7 @@ class Segmenter:
                 )
             work = "scores" if self.bundle.task == "classify" else "grid"
             setattr(self.model, work, torch.compile(getattr(self.model, work)))
+            self.model.captures = False  # compiled code keeps graphs of its own, or none
         elif self.device.type == "cpu" and self.model.replays:
             self.model.grid = Replayed(self.model.grid)
         self._finisher = Finisher([entry.id for entry in self.bundle.classes], self.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import OnRay, _guard
+from pipeline.cluster import OnRay, _gpu_share, _guard
 from pipeline.config import Compute
 from pipeline.errors import RunRefused
 
@@ -50,3 +50,14 @@ def test_a_home_that_cannot_be_written_is_refused(home):
 
     with pytest.raises(RunRefused, match=r"--on local: .*File exists"):
         OnRay("local", Compute()).connect()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "actors", "share"),
+    [([1.0], 1, 1), ([2.0, 1.0], 3, 1), ([1.0], 4, 0.25), ([2.0], 3, 0.5), ([1.0, 1.0], 5, 1 / 3)],
+)
+def test_more_workers_than_gpus_share_them_and_all_find_a_place(gpus, actors, share):
+    nodes = [{"CPU": 8.0, "GPU": count} for count in gpus] + [{"CPU": 4.0}]
+
+    assert _gpu_share(nodes, actors) == pytest.approx(share)
+    assert sum(int(count / share) for count in gpus) >= actors

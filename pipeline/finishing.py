@@ -278,13 +278,14 @@ def counted(
     """
     if index_BHW.device.type != "cpu":
         return counted_on_gpu(index_BHW, sure_BHW, classes)
-    counts, sums = [], []
-    for index_HW, sure_HW in zip(index_BHW.numpy(), sure_BHW.numpy(), strict=True):
+    counts_BK = np.empty((len(index_BHW), classes), np.int64)
+    sums_BK = np.empty((len(index_BHW), classes), np.float64)
+    for i, (index_HW, sure_HW) in enumerate(zip(index_BHW.numpy(), sure_BHW.numpy(), strict=True)):
         # Not torch's bincount, which would first copy the labels to int64.
         flat, sure = index_HW.reshape(-1), sure_HW.reshape(-1)
-        counts.append(np.bincount(flat, minlength=classes)[:classes])
-        sums.append(np.bincount(flat, weights=sure, minlength=classes)[:classes])
-    return torch.from_numpy(np.stack(counts)), torch.from_numpy(np.stack(sums))
+        counts_BK[i] = np.bincount(flat, minlength=classes)[:classes]
+        sums_BK[i] = np.bincount(flat, weights=sure, minlength=classes)[:classes]
+    return torch.from_numpy(counts_BK), torch.from_numpy(sums_BK)
 
 
 def counted_on_gpu(

@@ -75,14 +75,15 @@ class Finisher:
             blank_BHW: True where those rows have no data.
             confidence: whether every pixel's is wanted.
         """
-        row = scores_BKhw.shape[0] * scores_BKhw.shape[1] * size[1]
+        batch, classes = scores_BKhw.shape[:2]
+        row = batch * classes * size[1]
         step = min(max(1, STRIP // row), max(ROWS, CACHED // row))
         scores_Nhw, parts = scores_BKhw.transpose(0, 1).flatten(0, 1), []
         for y0 in range(*span, step):
             y1 = min(y0 + step, span[1])
             octaves_NHW = upsampled(scores_Nhw, g0, cells, size, y0, y1, OCTAVE)[:, :, :width]
             blank = None if blank_BHW is None else blank_BHW[:, y0 - span[0] : y1 - span[0]]
-            octaves_KBHW = octaves_NHW.unflatten(0, (-1, len(scores_BKhw)))
+            octaves_KBHW = octaves_NHW.view(-1, batch, *octaves_NHW.shape[1:])
             parts.append(self._reduced(octaves_KBHW, blank, confidence))
         return parts[0] if len(parts) == 1 else _joined(parts)
 

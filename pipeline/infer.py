@@ -31,6 +31,8 @@ from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
+WANT = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What errors for want of memory say: the host's, pinned memory's, those of cuBLAS and cuDNN."""
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
@@ -318,8 +320,9 @@ def _products_of(precision: str) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether it is for want of memory, the host's or a GPU's; torch has no one class for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
-        error
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in WANT
     )
 
 

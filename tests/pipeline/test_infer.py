@@ -234,6 +234,7 @@ def test_running_out_of_memory_splits_the_batch_and_is_remembered(tiny_bundle):
 @pytest.mark.parametrize(
     ("said", "raised"),
     [("[enforce fail at alloc_cpu.cpp] can't allocate memory: you tried", MemoryError),
+     ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", MemoryError),
      ("shapes do not match", RuntimeError)],
 )  # fmt: skip
 def test_of_a_tiled_picture_torchs_want_of_memory_is_a_memory_error(tiny_bundle, said, raised):

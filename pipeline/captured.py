@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline.heap import out_of_memory
+
 Work = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 """From tensors of the device to tensors of the device."""
 
@@ -70,9 +72,16 @@ class Captured:
                 self._graphs[kind] = graph
         return answer
 
+    def forget(self) -> None:
+        """Let go of all graphs, and of the memory that they hold; they are captured again."""
+        self._met.clear()
+        self._graphs.clear()
+        self._memory = None
+
     def _captured(self, given: list[torch.Tensor], work: Work) -> Graph | None:
-        graph, own = torch.cuda.CUDAGraph(), [each.clone() for each in given]
+        """The graph, if there is memory for it and it does what the work does."""
         try:
+            graph, own = torch.cuda.CUDAGraph(), [each.clone() for each in given]
             with torch.cuda.graph(
                 graph,
                 pool=self._memory,
@@ -80,13 +89,17 @@ class Captured:
                 capture_error_mode="thread_local",  # other threads may do as they like meanwhile
             ):
                 made = work(own)
-        except torch.OutOfMemoryError:
+            captured = Graph(graph, own, made)
+            others = [own[0].flip(1), *own[1:]]
+            alike = zip(captured(others), work(others), strict=True)
+            if not all(_off(one, other) <= OFF for one, other in alike):
+                return None
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return None
         self._memory = self._memory or graph.pool()
-        captured = Graph(graph, own, made)
-        others = [own[0].flip(1), *own[1:]]
-        alike = zip(captured(others), work(others), strict=True)
-        return captured if all(_off(one, other) <= OFF for one, other in alike) else None
+        return captured
 
 
 def _off(one: torch.Tensor, other: torch.Tensor) -> float:

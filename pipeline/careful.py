@@ -22,6 +22,7 @@ from pipeline.bound import bound
 from pipeline.clock import Clock
 from pipeline.config import Compute
 from pipeline.errors import MaskfleetError, Reason, RunUnfinished, Station
+from pipeline.heap import out_of_memory
 from pipeline.line import Line
 from pipeline.measure import MeasuredMask, RejectedImage, Result
 from pipeline.records import EncodedImage, Verdict
@@ -175,8 +176,6 @@ def _told(error: Exception) -> Exception:
     """An error without what it holds, which may not travel."""
     if isinstance(error, MaskfleetError):
         return type(error)(str(error))
-    from pipeline.infer import out_of_memory  # torch: for the child only
-
     if out_of_memory(error):
         return MemoryError(str(error))
     return RuntimeError(f"in a child process:\n{traceback.format_exc()}")

@@ -122,10 +122,10 @@ class Sample:
             rate = float((weight * cost).sum() / (weight * units[tried]).sum())
             fitted[stratum.rows] = rate * units[stratum.rows]
             off = cost - rate * units[tried]
-            parts.append(_part(float(weights[stratum.rows].sum()), len(stratum.rows), off))
+            parts.append(_part(float(weights[stratum.rows].sum()), off))
         ends = np.cumsum([len(stratum.tried) for stratum in self.looked_at])
         for stratum, cost in zip(self.looked_at, np.split(fitted, ends[:-1]), strict=True):
-            parts.append(_part(len(stratum.rows), len(stratum.rows), cost))
+            parts.append(_part(len(stratum.rows), cost))
         return _range(float((weights * fitted).sum()), parts, spread)
 
 
@@ -134,13 +134,13 @@ def _weights(strata: Sequence[Stratum]) -> Array:
     return np.concatenate([np.full(len(s.tried), len(s.rows) / len(s.tried)) for s in strata])
 
 
-def _part(stands_for: float, things: int, drawn: Array) -> tuple[float, int]:
+def _part(things: float, drawn: Array) -> tuple[float, int]:
     """Variance that a stratum brings to the total, and its degrees of freedom."""
     freedom = len(drawn) - 1
     if freedom < 1:
         return 0.0, 1
     left = 1 - len(drawn) / things  # what was drawn is known
-    return stands_for**2 * left * float(np.var(drawn, ddof=1)) / len(drawn), freedom
+    return things**2 * left * float(np.var(drawn, ddof=1)) / len(drawn), freedom
 
 
 def _range(expected: float, parts: Sequence[tuple[float, int]], spread: float) -> Range:

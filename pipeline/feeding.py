@@ -79,6 +79,8 @@ def staged(
         dtype=_AS_TENSOR[first.dtype.name],
         pin_memory=pinned,
     )
+    if first.dtype.kind == "f":
+        stored_BHWC.zero_()  # anything may be no number
     for i, tile in enumerate(tiles):
         values_HWC = first if i == 0 else admitted(tile.values_HWC, about)
         stored_BHWC[i, : tile.height, : tile.width].numpy()[...] = values_HWC

@@ -24,6 +24,7 @@ from pipeline.create import (
     read_card,
     refuse_strangers,
 )
+from pipeline.decode import DecodeLimits
 from pipeline.errors import RunRefused, StorageMissing
 from pipeline.estimate import Range, Sample, strata_of
 from pipeline.layout import Layout
@@ -122,7 +123,7 @@ def forecast(config: PlanConfig, place: Workers) -> Forecast:
     # Nothing is written there, but the line of a run has a place.
     asked = asked.model_copy(update={"batch": batch, "out": f"{source.uri}.never-written"})
     layout = layout_for(asked, source, plan, card)
-    sample = _sample(plan, source, config.sample)
+    sample = _sample(plan, source, config)
     workers = config.compute.workers or place.capacity.gpus or place.capacity.cores
     tried = _tried(plan, sample, place, partial(_sampler, bundle, layout, asked), workers)
     made = _forecast(config, plan, sample, tried, workers, found, listing)
@@ -147,18 +148,26 @@ def _sampler(
     return sampler_of(bundle, layout, asked)
 
 
-def _sample(plan: Round, source: Store, drawn: int) -> Sample:
+def _pixels(size: tuple[int, int] | None, most: DecodeLimits) -> int:
+    """Of a picture; 0 where nobody knows, or where it claims more than a run would read."""
+    if size is None or max(size) > most.max_side or size[0] * size[1] > most.max_pixels:
+        return 0
+    return size[0] * size[1]
+
+
+def _sample(plan: Round, source: Store, config: PlanConfig) -> Sample:
     """Pictures to try, so that sizes in the headers of many others tell what they stand for."""
     looked_at = strata_of(plan.nbytes, BY_BYTES, LOOKED_AT)
     rows = np.concatenate([stratum.tried for stratum in looked_at])
     images = plan.picked(rows)  # in the order of the plan
     found = probed(source, images)
-    sizes = {i.image_id: s[0] * s[1] if s else 0 for i, s in zip(images, found, strict=True)}
+    most = DecodeLimits(max_pixels=config.decode.max_pixels)
+    sizes = {i.image_id: _pixels(s, most) for i, s in zip(images, found, strict=True)}
     first = plan.first.image_id
     pixels = np.array([sizes[first + int(row)] for row in rows])
     if not pixels.any():  # as in a table, whose values have no place of their own
         pixels = plan.nbytes[rows]
-    return Sample.of(looked_at, pixels, STRATA, drawn)
+    return Sample.of(looked_at, pixels, STRATA, config.sample)
 
 
 def _tried(

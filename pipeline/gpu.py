@@ -66,6 +66,10 @@ class Queues(Protocol):
         """What the last piece of work has made, to the host."""
         ...
 
+    def give_back(self) -> None:
+        """Free memory that is kept for later."""
+        ...
+
 
 class Streams:
     """The three queues of a CUDA device."""
@@ -107,6 +111,10 @@ class Streams:
                 host.append(near.copy_(each.contiguous(), non_blocking=True))
             done.record()
         return _OnItsWay(host, self._began, self._ended, done)
+
+    def give_back(self) -> None:
+        """See `Queues.give_back`."""
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,6 +198,13 @@ class Gpu:
                 made = work(there) if captured is None else captured(wanted, there, work)
             landing = self._queues.outward(made)
         return self._told(tiles, wanted, landing.arrived()), landing.held_s
+
+    def give_back(self) -> None:
+        """Free what is kept for later; between two batches, for a capture must not be disturbed."""
+        with self._lock:
+            if self._captured is not None:
+                self._captured.forget()
+            self._queues.give_back()
 
     def finish(
         self,

@@ -10,10 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+WANT = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What errors for want of memory say: the host's, a GPU's, pinned memory's, cuBLAS's, cuDNN's."""
 MB = 1024**2
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAUSE_S = 3.0  # between two trims at least
 S_PER_GB = 30.0  # and for each gigabyte that one gave back: it costs some 0.3 s of faults, so 1 %
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory, the host's or a GPU's; torch has no one class for that."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in WANT)
 
 
 def one_arena() -> None:

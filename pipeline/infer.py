@@ -25,14 +25,12 @@ from pipeline.errors import RunRefused
 from pipeline.feeding import on_host
 from pipeline.finishing import Finisher, as_array
 from pipeline.gpu import Gpu, Queues, Streams
-from pipeline.heap import Holes, keep_freed_memory
+from pipeline.heap import Holes, keep_freed_memory, out_of_memory
 from pipeline.place import Found
 from pipeline.records import Array, Pixels, PlannedImage
 from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
-WANT = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""What errors for want of memory say: the host's, pinned memory's, those of cuBLAS and cuDNN."""
 PROBE_SIDE = 256
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
@@ -125,27 +123,36 @@ class Segmenter:
         confidence: bool,
         saw: Callable[[Pass], None],
     ) -> Iterator[TileAnswer]:
-        try:
-            answers, held = self._run(tiles, height, width, confidence)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+        made = self._attempted(tiles, height, width, confidence)
+        if made is None and self._gpu is not None:
+            self._gpu.give_back()  # also what graphs of other shapes hold
             if len(tiles) == 1:
-                yield TileAnswer(
-                    tiles[0],
-                    failure=f"one tile of {height} x {width} pixels does not fit the memory",
-                )
-                return
+                made = self._attempted(tiles, height, width, confidence)
+        if made is None and len(tiles) == 1:
+            failure = f"one tile of {height} x {width} pixels does not fit the memory"
+            yield TileAnswer(tiles[0], failure=failure)
+            return
+        if made is None:
             half = len(tiles) // 2
             self._most_tiles[height, width] = half
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
             yield from self._answered(tiles[:half], height, width, confidence, saw)
             yield from self._answered(tiles[half:], height, width, confidence, saw)
             return
+        answers, held = made
         for each in self._passes(tiles, height, width, held):
             saw(each)
         yield from answers
+
+    def _attempted(
+        self, tiles: tuple[Tile, ...], height: int, width: int, confidence: bool
+    ) -> tuple[list[TileAnswer], float] | None:
+        """See `_run`; None where memory ended: with the error is gone what it kept alive."""
+        try:
+            return self._run(tiles, height, width, confidence)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            return None
 
     def _passes(
         self, tiles: tuple[Tile, ...], height: int, width: int, held: float
@@ -316,14 +323,6 @@ def _products_of(precision: str) -> None:
     digits = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cudnn.conv.fp32_precision = digits  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.fp32_precision = digits
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it is for want of memory, the host's or a GPU's; torch has no one class for that."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in WANT
-    )
 
 
 def few_primitives() -> None:

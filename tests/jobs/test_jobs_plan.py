@@ -1,6 +1,7 @@
 """`maskfleet plan`: what a run would cost, and how true that was."""
 
 import json
+import struct
 
 import pytest
 
@@ -52,6 +53,17 @@ def test_people_read_a_few_lines(tmp_path, call):
     assert out.startswith("9 images, ")
     assert "80 % intervals, from 9 pictures" in out
     assert "costs" not in out
+
+
+def test_a_header_that_promises_what_no_run_would_read_does_not_count(tmp_path, call):
+    uniform(tmp_path / "in", 200)
+    liar = struct.pack(">8sI4sIIB", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", 60_000, 60_000, 8)
+    (tmp_path / "in/liar.png").write_bytes(liar + bytes(400))
+
+    _, out, _ = call("--json", "--sample", "16")
+
+    megapixels = json.loads(out)["megapixels"]
+    assert megapixels["expected"] == pytest.approx(200 * 40 * 48 / 1e6, rel=0.02)
 
 
 def test_pictures_that_cannot_be_read_are_foreseen(tmp_path, call):

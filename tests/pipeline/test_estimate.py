@@ -88,6 +88,17 @@ def test_eight_of_ten_intervals_hold_the_truth_and_the_mean_is_not_biased(looked
     assert abs(np.mean(off)) < 0.02
 
 
+@pytest.mark.parametrize("drawn", [300, 500])
+def test_intervals_hold_the_truth_also_where_most_of_what_was_looked_at_is_tried(drawn):
+    nbytes, pixels, costs = population(0)
+    held = []
+    for seed in range(100):
+        sample = sample_of(nbytes, pixels, seed, drawn=drawn)
+        held.append(sample.total(of_tried(sample, costs)).holds(costs.sum()))
+
+    assert 0.7 <= np.mean(held) <= 0.92
+
+
 def test_large_things_that_nobody_has_tried_are_in_the_total():
     nbytes, pixels = np.full(600, 1000), np.full(600, 10_000)
     pixels[:8] = 2_000_000

@@ -37,7 +37,7 @@ class Straight:
 
     def __init__(self) -> None:
         self.inside = False
-        self.worked = 0
+        self.worked = self.given_back = 0
 
     def inward(self, host):
         assert not self.inside, "work must not wait for bytes in the middle"
@@ -52,6 +52,10 @@ class Straight:
 
     def outward(self, there):
         return Landed([each.clone() for each in there])
+
+    def give_back(self):
+        assert not self.inside
+        self.given_back += 1
 
 
 def assert_close(one, other):
@@ -185,3 +189,20 @@ def test_bfloat16_goes_the_same_way(tiny_bundle):
     (found,) = answers(there, [picture(64, 64, 1)], 1).values()
 
     assert_close(found, expected)
+
+
+def test_a_tile_that_does_not_fit_is_tried_again_once_all_memory_is_given_back(tiny_bundle):
+    segmenter = on_gpu(tiny_bundle)
+    answer = segmenter._gpu.answers
+
+    def crowded(tiles, *about):
+        if len(tiles) > 1 or segmenter.queues.given_back < 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return answer(tiles, *about)
+
+    segmenter._gpu.answers = crowded
+
+    found = answers(segmenter, [picture(64, 64, seed) for seed in range(2)], 10**9)
+
+    assert len(found) == 2
+    assert all(rows is not None for rows in found.values())

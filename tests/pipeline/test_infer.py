@@ -1,6 +1,7 @@
 """The model's answers: never a matter of batch mates, memory or strips; nodata never counts."""
 
 import re
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -229,6 +230,28 @@ def test_running_out_of_memory_splits_the_batch_and_is_remembered(tiny_bundle):
     sizes.clear()
     answers(segmenter, chosen, 10**9)
     assert sizes == [4, 4, 4, 4]
+
+
+def test_what_a_failed_batch_has_held_is_free_when_its_halves_are_tried(tiny_bundle):
+    segmenter = Segmenter(*files_of(tiny_bundle), "cpu")
+    run, alive = segmenter._run, weakref.WeakSet()
+
+    class Held:
+        """What a batch takes of the memory."""
+
+    def small_memory(tiles, *arguments):
+        held = [Held() for _ in tiles]
+        alive.update(held)
+        if len(alive) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tiles, *arguments)
+
+    segmenter._run = small_memory
+
+    found = answers(segmenter, [picture(64, 64, seed) for seed in range(16)], 10**9)
+
+    assert len(found) == 16
+    assert all(rows is not None for rows in found.values())
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,10 @@ class DecodeLimits:
     max_side: int = 65_535
     """Height, and width."""
 
+    def admit(self, height: int, width: int) -> bool:
+        """Whether a picture of this size is not too large."""
+        return max(height, width) <= self.max_side and height * width <= self.max_pixels
+
 
 Reads = Callable[[Size], Size]
 """The size at which an upright picture of this one is read."""
@@ -136,7 +140,7 @@ def _admitted(data: bytes, limits: DecodeLimits) -> str:
 def _check_size(height: int, width: int, limits: DecodeLimits) -> None:
     if height <= 0 or width <= 0:
         raise ImageRejected("decode", "corrupt", f"{width} x {height} pixels")
-    if max(height, width) > limits.max_side or height * width > limits.max_pixels:
+    if not limits.admit(height, width):
         detail = f"{width} x {height} pixels, above the limit of {limits.max_pixels} in all "
         raise ImageRejected("decode", "too_large", f"{detail}or {limits.max_side} a side")
 

@@ -7,10 +7,11 @@ for these; 2026-11-29), its comparisons make booleans value by value, and exp2 i
 Scores are never kept at full size: a strip of rows is up-sampled (bilinear, half-pixel centres),
 reduced to labels, and forgotten.
 
-Shapes: B pictures of one size, K classes, N = B K; h, w native grid; H, W pixels.
+Shapes: B pictures, K classes; h, w native grid; H, W pixels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,38 +55,35 @@ class Finisher:
 
     def finished(
         self,
-        scores_BKhw: torch.Tensor,
+        scores_Khw: torch.Tensor,
         g0: int,
         cells: tuple[int, int],
         size: tuple[int, int],
         span: tuple[int, int],
         width: int,
-        blank_BHW: torch.Tensor | None,
+        blank_1HW: torch.Tensor | None,
         confidence: bool,
     ) -> Finished:
-        """Rows of pixels from the scores around them.
+        """Rows of pixels of one picture from the scores around them.
 
         Args:
-            scores_BKhw: float32 grid rows from g0 on.
+            scores_Khw: float32 grid rows from g0 on.
             g0: the grid row of the first.
             cells: rows and columns of the whole grid.
             size: height and width over which they are stretched, in pixels.
             span: first pixel row, and the row after the last.
             width: of the picture; what is beyond is cut off.
-            blank_BHW: True where those rows have no data.
+            blank_1HW: True where those rows have no data.
             confidence: whether every pixel's is wanted.
         """
-        batch, classes = scores_BKhw.shape[:2]
-        row = batch * classes * size[1]
+        row = len(scores_Khw) * size[1]
+
+        def octaves(y0: int, y1: int) -> torch.Tensor:
+            octaves_KHW = upsampled(scores_Khw, g0, cells, size, y0, y1, OCTAVE)
+            return octaves_KHW[:, None, :, :width]
+
         step = min(max(1, STRIP // row), max(ROWS, CACHED // row))
-        scores_Nhw, parts = scores_BKhw.transpose(0, 1).flatten(0, 1), []
-        for y0 in range(*span, step):
-            y1 = min(y0 + step, span[1])
-            octaves_NHW = upsampled(scores_Nhw, g0, cells, size, y0, y1, OCTAVE)[:, :, :width]
-            blank = None if blank_BHW is None else blank_BHW[:, y0 - span[0] : y1 - span[0]]
-            octaves_KBHW = octaves_NHW.view(-1, batch, *octaves_NHW.shape[1:])
-            parts.append(self._reduced(octaves_KBHW, blank, confidence))
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return self._by_strips(octaves, span, step, blank_1HW, confidence)
 
     def finished_together(
         self,
@@ -110,15 +108,28 @@ class Finisher:
             confidence: whether every pixel's is wanted.
             g0: the grid row of the first.
         """
+        wide_BKhW = widened_each(scores_BKhw * OCTAVE, cells_B2, sizes_B2, width)
+
+        def octaves(y0: int, y1: int) -> torch.Tensor:
+            return heightened_each(wide_BKhW, cells_B2, sizes_B2, (y0, y1), g0)
+
         step = max(1, GPU_STRIP // (scores_BKhw.shape[0] * scores_BKhw.shape[1] * width))
-        sizes = cells_B2, sizes_B2
-        wide_BKhW = widened_each(scores_BKhw * OCTAVE, *sizes, width)
+        return self._by_strips(octaves, span, step, blank_BHW, confidence)
+
+    def _by_strips(
+        self,
+        octaves: Callable[[int, int], torch.Tensor],
+        span: tuple[int, int],
+        step: int,
+        blank_BHW: torch.Tensor | None,
+        confidence: bool,
+    ) -> Finished:
+        """So many rows at a time, of which ``octaves`` gives the scores at full size (KBHW)."""
         parts = []
         for y0 in range(*span, step):
             y1 = min(y0 + step, span[1])
-            octaves_KBHW = heightened_each(wide_BKhW, *sizes, (y0, y1), g0)
             blank = None if blank_BHW is None else blank_BHW[:, y0 - span[0] : y1 - span[0]]
-            parts.append(self._reduced(octaves_KBHW, blank, confidence))
+            parts.append(self._reduced(octaves(y0, y1), blank, confidence))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _reduced(
@@ -152,7 +163,7 @@ def _joined(parts: list[Finished]) -> Finished:
 
 
 def upsampled(
-    scores_Nhw: torch.Tensor,
+    scores_Khw: torch.Tensor,
     g0: int,
     cells: tuple[int, int],
     size: tuple[int, int],
@@ -163,7 +174,7 @@ def upsampled(
     """Pixel rows y0 to y1 of the bilinear up-sampling of a whole grid, from the rows at hand.
 
     Args:
-        scores_Nhw: grid rows from g0 on.
+        scores_Khw: grid rows from g0 on.
         g0: the grid row of the first.
         cells: rows and columns of the whole grid.
         size: height and width over which they are stretched, in pixels.
@@ -172,7 +183,7 @@ def upsampled(
         scale: what the scores are multiplied by on the way.
 
     Returns:
-        logits_NHW with y1 - y0 rows, as `interpolate(align_corners=False)` of the whole would give.
+        logits_KHW with y1 - y0 rows, as `interpolate(align_corners=False)` of the whole would give.
     """
     rows = torch.arange(y0, y1, dtype=torch.float64)
     at = ((rows + 0.5) * cells[0] / size[0] - 0.5).clamp_(min=0)
@@ -180,12 +191,12 @@ def upsampled(
     lower = (upper + 1).clamp_(max=cells[0] - 1)
     first, last = int(upper[0]), int(lower[-1])
     # Rows are widened while they are few: torch does that value by value.
-    near_Nhw = scores_Nhw[:, first - g0 : last - g0 + 1] * scale
-    wide_NhW = interpolate(near_Nhw, size=size[1], mode="linear", align_corners=False)
-    top_NHW = wide_NhW.index_select(1, (upper - first).long())
-    bottom_NHW = wide_NhW.index_select(1, (lower - first).long())
-    share = (at - upper).to(scores_Nhw.dtype)[None, :, None]
-    return top_NHW.lerp_(bottom_NHW, share)
+    near_Khw = scores_Khw[:, first - g0 : last - g0 + 1] * scale
+    wide_KhW = interpolate(near_Khw, size=size[1], mode="linear", align_corners=False)
+    top_KHW = wide_KhW.index_select(1, (upper - first).long())
+    bottom_KHW = wide_KhW.index_select(1, (lower - first).long())
+    share = (at - upper).to(scores_Khw.dtype)[None, :, None]
+    return top_KHW.lerp_(bottom_KHW, share)
 
 
 def widened_each(

@@ -150,21 +150,17 @@ def _sampler(
 
 def _pixels(size: tuple[int, int] | None, most: DecodeLimits) -> int:
     """Of a picture; 0 where nobody knows, or where it claims more than a run would read."""
-    if size is None or max(size) > most.max_side or size[0] * size[1] > most.max_pixels:
-        return 0
-    return size[0] * size[1]
+    return size[0] * size[1] if size and most.admit(*size) else 0
 
 
 def _sample(plan: Round, source: Store, config: PlanConfig) -> Sample:
     """Pictures to try, so that sizes in the headers of many others tell what they stand for."""
     looked_at = strata_of(plan.nbytes, BY_BYTES, LOOKED_AT)
     rows = np.concatenate([stratum.tried for stratum in looked_at])
-    images = plan.picked(rows)  # in the order of the plan
-    found = probed(source, images)
+    found = probed(source, plan.picked(rows))  # in the order of the plan
     most = DecodeLimits(max_pixels=config.decode.max_pixels)
-    sizes = {i.image_id: _pixels(s, most) for i, s in zip(images, found, strict=True)}
-    first = plan.first.image_id
-    pixels = np.array([sizes[first + int(row)] for row in rows])
+    pixels = np.zeros(len(rows), int)
+    pixels[np.argsort(rows)] = [_pixels(size, most) for size in found]
     if not pixels.any():  # as in a table, whose values have no place of their own
         pixels = plan.nbytes[rows]
     return Sample.of(looked_at, pixels, STRATA, config.sample)
@@ -178,9 +174,9 @@ def _tried(
     workers: int,
 ) -> "list[list[Sampled]]":
     """What the chosen pictures of each stratum have cost; in turn, so that none is warmed alone."""
-    rows, first = np.concatenate(sample.rows), plan.first.image_id
+    rows = np.concatenate(sample.rows)
     by_place = {image.image_id: image for image in plan.picked(rows)}
-    images = [by_place[first + int(row)] for row in rows]
+    images = [by_place[row] for row in rows]
     mixed = sorted(range(len(images)), key=lambda i: (i * 7919) % len(images))
     wanted = [images[i] for i in mixed]
     # All of them once for nothing: what a first picture pays for, a long run pays only then. Then

@@ -219,16 +219,22 @@ class Gpu:
     ) -> Rows:
         """Rows of a tiled picture from its blended scores; see `Finisher.finished`."""
         given = [self._near(torch.from_numpy(scores_KGg)[None])]
-        given += [self._near(torch.tensor([[each]])) for each in (cells, size)]
+        given += [self._near(torch.tensor([each])) for each in (cells, size)]
         if nodata_HW is not None:
             given.append(self._near(torch.from_numpy(nodata_HW)[None]))
         with self._lock, torch.inference_mode():
             there = [self._queues.inward(each) for each in given]
-            scores_1KGg, cells_12, sizes_12 = there[0], there[1][0], there[2][0]
-            blank = None if nodata_HW is None else there[3]
+            scores_1KGg, cells_12, sizes_12, *blank = there
             with self._queues.working():
                 finished = self._finisher.finished_together(
-                    scores_1KGg, cells_12, sizes_12, span, width, blank, confidence, g0
+                    scores_1KGg,
+                    cells_12,
+                    sizes_12,
+                    span,
+                    width,
+                    blank[0] if blank else None,
+                    confidence,
+                    g0,
                 )
             landing = self._queues.outward(_tensors(finished))
         return self._rows(landing.arrived())[0]
@@ -250,7 +256,7 @@ class Gpu:
         return max(tile.height, self._model.min_side), max(tile.width, self._model.min_side)
 
     def _measures(self, tiles: Sequence[Tile]) -> torch.Tensor:
-        """measures_MB2 of every tile: its own size, the padded one, its cells and their span."""
+        """measures_4B2 of every tile: its own size, the padded one, its cells and their span."""
         model, measures = self._model, []
         for tile in tiles:
             read = self._read(tile)
@@ -291,8 +297,8 @@ class Gpu:
         self, tiles: Sequence[Tile], wanted: _Wanted, there: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """What the host wants to have of a batch, from what it has sent."""
-        stored_BHWC, measures_MB2 = there[:2]
-        own_B2, padded_B2, *stretched = measures_MB2.unbind()
+        stored_BHWC, measures_4B2 = there[:2]
+        own_B2, padded_B2, cells_B2, sizes_B2 = measures_4B2.unbind()
         shape = stored_BHWC.shape[1], stored_BHWC.shape[2]
         x_BCHW = normalised(
             stored_BHWC,
@@ -309,7 +315,6 @@ class Gpu:
             if not wanted.even:
                 outside_BHW = ~inside(own_B2, *shape)
                 blank_BHW = outside_BHW if blank_BHW is None else blank_BHW | outside_BHW
-            cells_B2, sizes_B2 = stretched
             finished = self._finisher.finished_together(
                 scores, cells_B2, sizes_B2, (0, shape[0]), shape[1], blank_BHW, wanted.confidence
             )

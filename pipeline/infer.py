@@ -1,9 +1,9 @@
-"""The model on a device: batches in, answers out. torch lives here and in the three files around.
+"""The model on a device: batches in, answers out. torch lives here and in the four files around.
 
 Pixels become a model's numbers in feeding.py, scores become labels in finishing.py; a CPU does so
-picture by picture (here), a GPU batch by batch (gpu.py). Whole pictures come back as finished
-labels and counts; of tiled pictures only native scores, and `Segmenter.finish` turns blended scores
-into labels the same way. A classifier's scores end as a softmax.
+picture by picture (here), a GPU batch by batch (gpu.py, captured.py). Whole pictures come back as
+finished labels and counts; of tiled pictures only native scores, and `Segmenter.finish` turns
+blended scores into labels the same way. A classifier's scores end as a softmax.
 
 Shapes: B batch, C channels, K classes; h, w native grid; H, W pixels.
 """
@@ -244,9 +244,7 @@ class Segmenter:
         confidence: bool,
     ) -> Rows:
         blank = None if nodata is None else torch.from_numpy(np.ascontiguousarray(nodata))[None]
-        done = self._finisher.finished(
-            scores_Khw[None], g0, cells, size, span, width, blank, confidence
-        )
+        done = self._finisher.finished(scores_Khw, g0, cells, size, span, width, blank, confidence)
         return Rows(
             as_array(done.labels_BHW[0], self.dtype),
             None if done.certainty_BHW is None else done.certainty_BHW[0].numpy(),

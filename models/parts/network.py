@@ -108,10 +108,10 @@ class Network(nn.Module):
     def together(self, x_BCHW: Tensor, sizes: list[Size]) -> tuple[Tensor, Tensor | None]:
         """All items on one canvas, zeros around each, and their padded sizes if they differ."""
         padded = [self.padded_size(h, w) for h, w in sizes]
-        height, width = canvas = max(h for h, _ in padded), max(w for _, w in padded)
+        canvas = max(h for h, _ in padded), max(w for _, w in padded)
         x_BCHW = fitted(x_BCHW, sizes, canvas)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        same = set(padded) == {(height, width)}
+        same = set(padded) == {canvas}
         return x_BCHW, None if same else beside(x_BCHW, padded)
 
 

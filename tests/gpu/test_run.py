@@ -10,10 +10,9 @@ from pipeline.errors import EXIT_REJECTIONS
 from pipeline.here import Here
 from tests import archives
 from tests.archives import problems, segment
+from tests.gpu.test_device import DISAGREEMENT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-DISAGREEMENT = 1e-3  # share of pixels whose class may differ, see test_device.py
 
 
 @pytest.fixture(scope="module")

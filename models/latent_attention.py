@@ -34,6 +34,7 @@ from torch.nn.functional import conv2d, max_pool2d, pad, relu
 from models.parts.about import About
 from models.parts.attention import Attention
 from models.parts.configs import ModelConfig, did_you_mean
+from models.parts.conv3x3 import Halved, Winograd, compiled
 from models.parts.folded_experts import FoldedAsking, FoldedReading
 from models.parts.folding import (
     as_linear,
@@ -46,7 +47,6 @@ from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
 from models.parts.strips import pays, spans
-from models.parts.winograd import ROWS, RowWinograd, row_winograd
 
 ABOUT = About(
     paper="MarkTechPost latent-expert tutorial; Perceiver, Jaegle et al. 2021, arXiv 2103.03206",
@@ -319,63 +319,54 @@ class FoldedSeed(Segmenter):
 
 
 class FoldedStem(Stem):
-    """`Stem`, on a CPU in strips of rows, its second convolution with half of the multiplications.
+    """`Stem`, on a CPU in strips of rows; in C where that is compiled (models/parts/conv3x3.py).
 
     What a convolution writes is four times as large as the maximum that follows: in strips it is
     still in the cache when the maximum reads it, and what the first one leaves when the second
-    reads it; no picture needs the memory for the whole (370 MB at 1600 x 1200). The maximum is two
-    of torch's elementwise ones, twice as fast as its pooling, which notes places too.
+    reads it; no picture needs the memory for the whole (370 MB at 1600 x 1200). By torch alone the
+    maximum is two of its elementwise ones, twice as fast as its pooling, which notes places too.
     """
 
     def __init__(self, plain: Stem) -> None:
         nn.Module.__init__(self)  # not Stem's: its convolutions are those of the plain one
         self.conv1, self.conv2 = plain.conv1, plain.conv2
-        self.by_rows = row_winograd(plain.conv2)
+        both = compiled(plain.conv1) and compiled(plain.conv2)
+        self.first = Halved(plain.conv1) if both else None
+        self.second = Winograd(plain.conv2) if both else None
 
     def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
         """See `Stem.forward`."""
         if not pays(x_BCHW) or sizes_B2 is not None or not len(x_BCHW):
             return super().forward(x_BCHW, sizes_B2)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        if self.by_rows is not None and x_BCHW.dtype == torch.float32:
-            return self._in_strips(x_BCHW, self.by_rows)
+        if self.first is not None and self.second is not None and x_BCHW.dtype == torch.float32:
+            return self._compiled(x_BCHW, self.first, self.second)
         for conv in (self.conv1, self.conv2):
             batch, _, height, width = x_BCHW.shape
             out_BhwF = x_BCHW.new_empty(batch, height // 2, width // 2, conv.out_channels)
-            x_BCHW = _halved(conv, x_BCHW, 0, out_BhwF).permute(0, 3, 1, 2)
+            x_BCHW = _halved(conv, x_BCHW, out_BhwF).permute(0, 3, 1, 2)
         return x_BCHW
 
-    def _in_strips(self, x_BCHW: Tensor, by_rows: RowWinograd) -> Tensor:
+    def _compiled(self, x_BCHW: Tensor, first: Halved, second: Winograd) -> Tensor:
         batch, _, height, width = x_BCHW.shape
-        h, w = height // 2, width // 2
-        groups = -(-h // ROWS)
-        out_Bn2wF = x_BCHW.new_empty(batch, groups, 2, w // 2, self.conv2.out_channels)
-        rows_BHWF = x_BCHW.new_zeros(batch, 1, w, self.conv1.out_channels)  # above the map
-        for first, last in spans(groups, by_rows.groups_at_once(batch, w)):
-            # Rows 4 first - 1 to 4 last of the first map: one or two of them are there already.
-            known_BHWF = rows_BHWF[:, -2:]
-            known = known_BHWF.shape[1]
-            top, end = ROWS * first - 1 + known, min(ROWS * last + 1, h)
-            rows_BHWF = x_BCHW.new_empty(
-                batch, ROWS * (last - first) + 2, w, self.conv1.out_channels
-            )
-            rows_BHWF[:, :known] = known_BHWF
-            _halved(self.conv1, x_BCHW, top, rows_BHWF[:, known : known + end - top])
-            rows_BHWF[:, known + end - top :] = 0
-            four = by_rows(rows_BHWF)
-            for i in range(2):
-                out_BnwF = out_Bn2wF[:, first:last, i]
-                _columns_halved(torch.maximum(*four[2 * i : 2 * i + 2]), out_BnwF).relu_()
-        return out_Bn2wF.flatten(1, 2)[:, : h // 2].permute(0, 3, 1, 2)
+        h, w = height // 4, width // 4
+        out_BhwF = x_BCHW.new_empty(batch, h, w, second.features)
+        pair = 4 * (width // 2) * first.features * x_BCHW.element_size()  # four rows of the first
+        for x_HWC, out_hwF in zip(x_BCHW.permute(0, 2, 3, 1), out_BhwF, strict=True):
+            for start, stop in spans(-(-h // 2), STEM_STRIP // pair):
+                top, end = 2 * start, min(2 * stop, h)
+                near_HWF = first(x_HWC, 2 * top - 1, 2 * (end - top) + 2)
+                out_hwF[top:end] = second(near_HWF, 1, 2 * (end - top), halve=True)
+        return out_BhwF.permute(0, 3, 1, 2)
 
 
-def _halved(conv: nn.Conv2d, x_BCHW: Tensor, top: int, out_BhwF: Tensor) -> Tensor:
-    """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU: rows from `top` on, into `out`."""
+def _halved(conv: nn.Conv2d, x_BCHW: Tensor, out_BhwF: Tensor) -> Tensor:
+    """A 3 x 3 convolution, the 2 x 2 maximum of it, and ReLU, into what is given."""
     batch, _, height, width = x_BCHW.shape
     h, features = out_BhwF.shape[1], out_BhwF.shape[3]
     row = batch * width * features * x_BCHW.element_size()
     for start, stop in spans(h, STEM_STRIP // row // 2):
-        first, last = 2 * (top + start) - 1, 2 * (top + stop) + 1
+        first, last = 2 * start - 1, 2 * stop + 1
         rows = x_BCHW[:, :, max(first, 0) : last]
         if first < 0 or last > height:
             rows = pad(rows, (0, 0, int(first < 0), max(0, last - height)))

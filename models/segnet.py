@@ -30,10 +30,10 @@ from torch.nn.functional import max_pool2d, max_unpool2d, relu
 
 from models.parts.about import About
 from models.parts.configs import ModelConfig
+from models.parts.conv3x3 import faster
 from models.parts.folding import fused_conv, norm_as_scale
 from models.parts.padding import cleared
 from models.parts.segmenter import Segmenter
-from models.parts.winograd import faster
 
 ABOUT = About(
     paper="SegNet, Badrinarayanan et al. 2017, arXiv 1511.00561",
@@ -202,7 +202,7 @@ def convolution(before: int, after: int, *, separable: bool) -> nn.Sequential:
 class FoldedSegNet(Segmenter):
     """The net for inference: convolutions do the work of the batch norms behind them.
 
-    On a CPU those of many channels take half of the multiplications (models/parts/winograd.py).
+    On a CPU those of many channels take a quarter of the multiplications (models/parts/conv3x3.py).
     The first norm stays, as a product and a sum per pixel. Within the first convolution it would
     ask for a border in the mean colour, and writing that border costs as much.
     """

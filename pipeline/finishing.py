@@ -1,9 +1,11 @@
 """From scores on the native grid to labels: up-sampling, argmax, confidence, counts, by rows.
 
-Whatever passes over the scores at full size a core does eight or sixteen values at a time: the
-greatest, what is missing to it, the rank of what misses nothing, and two to the power of what is
-missing. torch's own `max` with places goes value by value (2.13: 1.7 to 5 ns a value, against 0.6
-for these; 2026-11-29), its comparisons make booleans value by value, and exp2 is half of exp.
+On a CPU one pass in C does it all (models/parts/kernels/finish.h). What follows is for GPUs, and
+for CPUs where nothing was compiled. Whatever passes over the scores at full size a core does eight
+or sixteen values at a time: the greatest, what is missing to it, the rank of what misses nothing,
+and two to the power of what is missing. torch's own `max` with places goes value by value (2.13:
+1.7 to 5 ns a value, against 0.6 for these; 2026-11-29), its comparisons make booleans value by
+value, and exp2 is half of exp.
 Scores are never kept at full size: a strip of rows is up-sampled (bilinear, half-pixel centres),
 reduced to labels, and forgotten.
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from models.parts import kernels
 from pipeline.records import Array
 
 OCTAVE = 1 / math.log(2)
@@ -52,6 +55,7 @@ class Finisher:
         self._kind = torch.uint8 if self.dtype == np.uint8 else torch.int32  # uint16 knows little
         self._ids_K = torch.tensor(ids, device=device).to(self._kind)
         self._identity = ids == list(range(len(ids)))
+        self._compiled = device.type == "cpu" and kernels.LIBRARY is not None
 
     def finished(
         self,
@@ -76,6 +80,12 @@ class Finisher:
             blank_1HW: True where those rows have no data.
             confidence: whether every pixel's is wanted.
         """
+        if self._compiled:
+            ids_K = None if self._identity else self._ids_K.to(torch.int32)
+            rest = g0, cells, size, span, width, blank_1HW, ids_K, self.fill, self._kind
+            done = kernels.finish(scores_Khw, *rest, confidence=confidence)
+            if done is not None:
+                return Finished(*done)
         row = len(scores_Khw) * size[1]
 
         def octaves(y0: int, y1: int) -> torch.Tensor:

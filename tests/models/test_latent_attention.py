@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import models
+from models import latent_attention
 from models.latent_attention import Config, FoldedStem
-from models.parts import winograd
+from models.parts import kernels
 
 PLUS = {"variant": "plus", "size": "xs"}
 VARIANTS = pytest.mark.parametrize("config", [{}, PLUS], ids=["seed", "plus"])
@@ -193,9 +194,12 @@ def test_the_folded_stem_in_strips_is_the_plain_one_up_to_rounding(size, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("compiled", [True, False])
 @torch.inference_mode()
-def test_the_folded_stem_joins_strips_of_four_rows(batch, monkeypatch):
-    monkeypatch.setattr(winograd, "STRIP", 1)
+def test_the_folded_stem_joins_strips_of_a_few_rows(batch, compiled, monkeypatch):
+    monkeypatch.setattr(latent_attention, "STEM_STRIP", 1)
+    if not compiled:
+        monkeypatch.setattr(kernels, "LIBRARY", None)
     stem = lively({}).encoder
     for height in range(4, 36):
         x_BCHW = torch.randn(batch, 3, height, 9)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import models
-from models.parts import replay, winograd
+from models import latent_attention
+from models.parts import replay
 from models.parts.replay import Replayed
 
 
@@ -26,10 +27,10 @@ def model(request):
     return models.build("latent_attention", **request.param).eval().folded()
 
 
-@pytest.mark.parametrize("strip", [1, winograd.STRIP])
+@pytest.mark.parametrize("strip", [1, latent_attention.STEM_STRIP])
 @torch.inference_mode()
 def test_the_answers_are_the_same_bit_for_bit_before_and_after(model, strip, monkeypatch):
-    monkeypatch.setattr(winograd, "STRIP", strip)
+    monkeypatch.setattr(latent_attention, "STEM_STRIP", strip)
     grid = Counting(model.grid)
     replayed = Replayed(grid)
     pictures = [torch.randn(1, 3, 64, 96) for _ in range(replay.AFTER + 6)]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.parts.winograd import ByRows
+from models.parts.conv3x3 import ByTiles
 
 TINY = {"widths": (8, 16), "depths": (2, 1)}
 TWINS = pytest.mark.parametrize("separable", [False, True], ids=["full", "separable"])
@@ -394,14 +394,14 @@ def test_a_config_that_cannot_be_is_refused_with_its_reason(config, message):
 
 @pytest.mark.parametrize("size", [(32, 40), (37, 51), (4, 5)])
 @torch.inference_mode()
-def test_many_channels_are_folded_into_half_of_the_multiplications(size):
+def test_many_channels_are_folded_into_a_quarter_of_the_multiplications(size):
     model = lively(widths=(8, 128), depths=(1, 3))
     folded = model.folded()
     x_BCHW = torch.rand(2, 3, *size)
 
     plain_BKHW, found_BKHW = model(x_BCHW), folded(x_BCHW)
 
-    assert sum(isinstance(module, ByRows) for module in folded.modules()) == 5
+    assert sum(isinstance(module, ByTiles) for module in folded.modules()) == 5
     # A maximum that two pixels nearly share may move: few values, but then by more than rounding.
     assert ((plain_BKHW - found_BKHW).abs() < 1e-4).float().mean() > 0.99
     assert (plain_BKHW.argmax(1) == found_BKHW.argmax(1)).float().mean() > 0.99

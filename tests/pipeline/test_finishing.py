@@ -4,7 +4,101 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline.finishing import OCTAVE, decided, heightened_each, widened_each
+from models.parts import kernels
+from pipeline.finishing import OCTAVE, Finisher, decided, heightened_each, widened_each
+
+SETS = list(kernels.known())
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=SETS or [None], ids=[f"{each.lanes} lanes" for each in SETS] or ["none"])
+def instructions(request, monkeypatch):
+    """Every set of instructions that is known here, in turn."""
+    if request.param is None:
+        pytest.skip("nothing was compiled: no C compiler when this was installed")
+    monkeypatch.setattr(kernels, "LIBRARY", request.param)
+
+
+def by_torch(ids, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "LIBRARY", None)
+        return Finisher(ids, CPU)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("ids", [range(2), range(11), [7, 3, 254], [300, 1, 65535], range(300)])
+@pytest.mark.parametrize(
+    ("cells", "size", "width"),
+    [
+        ((16, 12), (64, 48), 48),
+        ((16, 33), (67, 131), 129),
+        ((1, 1), (4, 4), 3),
+        ((7, 3), (7, 3), 3),
+    ],
+)
+@pytest.mark.parametrize("blank", [False, True])
+def test_c_says_what_torchs_operations_say(ids, cells, size, width, blank, monkeypatch):
+    ids = list(ids)
+    draws = torch.Generator().manual_seed(0)
+    scores_Khw = torch.randn(len(ids), *cells, generator=draws) * 8
+    blank_1HW = torch.rand(1, size[0], width, generator=draws) < 0.3 if blank else None
+    given = scores_Khw, 0, cells, size, (0, size[0]), width, blank_1HW, True
+
+    found = Finisher(ids, CPU).finished(*given)
+
+    expected = by_torch(ids, monkeypatch).finished(*given)
+    assert found.labels_BHW.dtype == expected.labels_BHW.dtype
+    same = found.labels_BHW == expected.labels_BHW
+    assert same.float().mean() > 0.9995  # where two classes are level up to rounding
+    assert blank_1HW is None or same[blank_1HW].all()
+    unsure = (found.certainty_BHW.int() - expected.certainty_BHW.int()).abs()
+    assert unsure.max() <= 1
+    assert unsure.float().mean() < 0.001
+    moved = (~same).sum()
+    assert (found.counts_BK - expected.counts_BK).abs().sum() <= 2 * moved
+    torch.testing.assert_close(found.sums_BK, expected.sums_BK, rtol=1e-5, atol=float(moved) + 1e-6)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_c_gives_any_rows_from_the_scores_around_them_alone():
+    cells, size, width = (16, 12), (67, 51), 50
+    scores_Khw = torch.randn(5, *cells, generator=torch.Generator().manual_seed(0))
+    finisher = Finisher(list(range(5)), CPU)
+    whole = finisher.finished(scores_Khw, 0, cells, size, (0, 67), width, None, confidence=True)
+
+    around = [((0, 10), 0, 4), ((10, 11), 1, 4), ((11, 50), 2, 13), ((50, 67), 11, 16)]
+    for span, first, last in around:
+        near_Khw = scores_Khw[:, first:last]
+        part = finisher.finished(near_Khw, first, cells, size, span, width, None, confidence=True)
+        assert torch.equal(part.labels_BHW, whole.labels_BHW[:, slice(*span)])
+        assert torch.equal(part.certainty_BHW, whole.certainty_BHW[:, slice(*span)])
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("none", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_no_numbers_go_torchs_way(none, monkeypatch):
+    scores_Khw = torch.zeros(3, 4, 4)
+    scores_Khw[1, 2, 2] = none
+    given = scores_Khw, 0, (4, 4), (16, 16), (0, 16), 16, None, False
+
+    found = Finisher([0, 1, 2], CPU).finished(*given)
+
+    expected = by_torch([0, 1, 2], monkeypatch).finished(*given)
+    assert torch.equal(found.labels_BHW, expected.labels_BHW)
+    assert torch.equal(found.sums_BK.isnan(), expected.sums_BK.isnan())
+
+
+@pytest.mark.usefixtures("instructions")
+def test_of_classes_that_are_level_the_first_wins_in_c():
+    scores_Khw = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])[:, None, None].expand(-1, 2, 5).clone()
+    done = Finisher([9, 8, 7, 6, 5], CPU).finished(
+        scores_Khw, 0, (2, 5), (8, 20), (0, 8), 20, None, confidence=True
+    )
+
+    assert done.labels_BHW.unique().tolist() == [8]
+    assert done.counts_BK.tolist() == [[0, 160, 0, 0, 0]]
+    share = 1 / (3 + torch.tensor([-2.0, -3.0]).exp().sum().item())
+    assert done.sums_BK[0, 1].item() == pytest.approx(160 * share, rel=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 11, 150, 300])

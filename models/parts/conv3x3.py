@@ -1,0 +1,139 @@
+"""3 x 3 convolutions for CPUs, in C (models/parts/kernels); where that is not compiled, torch's.
+
+`Halved` is for a picture's few channels: with the 2 x 2 maximum and ReLU behind it in one pass.
+`Winograd` is for many channels: minimal filtering F(4 x 4, 3 x 3), as in Lavin and Gray 2016 (arXiv
+1509.09308), 16 outputs from 36 inputs by 36 multiplications instead of 144. It rounds otherwise
+than the direct sum, but by as little: some 1e-6 of the largest value.
+
+Both are for float32 alone: half precision has no digits to spare.
+
+Shapes: B batch, C input channels, F output channels, H W grid, P a panel of features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.parts import kernels
+from models.parts.strips import pays
+
+CHANNELS = 16
+"""From so many on it is the faster way: 1.5 times with 16, 2.4 with 64 (one thread, 2026-11-30)."""
+
+POINTS = (0, 0.625, -0.625, 1.5, -1.5)
+"""Where the polynomials meet, beside infinity (conv3x3.h has the same). Their powers are exact, and
+the largest error is a fifth of that with the usual 0, 1, -1, 2, -2: of ten sets tried one of the
+two best (2026-11-30; Barabasz et al. 2018, arXiv 1803.10986, on why)."""
+
+
+def _transform() -> Tensor:
+    """G of Lavin and Gray for these points: points_63."""
+    rows = []
+    for point in POINTS:
+        apart = math.prod(point - other for other in POINTS if other != point)
+        rows.append([point**power / apart for power in range(3)])
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+class Halved(nn.Module):
+    """A 3 x 3 convolution of stride 1 with a border of one zero, its 2 x 2 maximum, and ReLU."""
+
+    kernel_1pXP: Tensor
+    bias_F: Tensor
+
+    @torch.no_grad()
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        _check(conv)
+        self.features = conv.out_channels
+        weight_yxCF = conv.weight.detach().cpu().permute(2, 3, 1, 0)
+        packed = kernels.packed(weight_yxCF.flatten(0, 2)[None])
+        self.register_buffer("kernel_1pXP", packed, persistent=False)
+        bias = kernels.packed_bias(conv.bias, self.features)
+        self.register_buffer("bias_F", bias, persistent=False)
+
+    def forward(self, x_HWC: Tensor, top: int, rows: int) -> Tensor:
+        """Rows `top` to `top + rows` of the halved map, zeros beyond it: out_HWF."""
+        return kernels.halved(x_HWC, self.kernel_1pXP, self.bias_F, self.features, top, rows)
+
+
+class Winograd(nn.Module):
+    """A 3 x 3 convolution of stride 1 with a border of one zero."""
+
+    kernel_36pCP: Tensor
+    bias_F: Tensor
+
+    @torch.no_grad()
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        _check(conv)
+        self.features = conv.out_channels
+        points_63 = _transform()
+        weight_FCyx = conv.weight.detach().cpu().double()
+        kernel_66CF = torch.einsum("py,fcyx,qx->pqcf", points_63, weight_FCyx, points_63)
+        packed = kernels.packed(kernel_66CF.flatten(0, 1))
+        self.register_buffer("kernel_36pCP", packed, persistent=False)
+        bias = kernels.packed_bias(conv.bias, self.features)
+        self.register_buffer("bias_F", bias, persistent=False)
+
+    def forward(self, x_HWC: Tensor, top: int, rows: int, *, halve: bool = False) -> Tensor:
+        """Rows `top` to `top + rows`, or the 2 x 2 maximum of them and ReLU: out_HWF.
+
+        Args:
+            x_HWC: a map, or rows of one with those above and below; contiguous.
+            top: the first row of outputs.
+            rows: of outputs, before they are halved.
+            halve: whether the maximum is wanted.
+        """
+        about = self.kernel_36pCP, self.bias_F, self.features
+        return kernels.winograd(x_HWC, *about, top, rows, halve)
+
+
+def compiled(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can be done in C here."""
+    here = kernels.LIBRARY is not None and conv.weight.device.type == "cpu"
+    return here and computed(conv)
+
+
+def faster(conv: nn.Conv2d) -> nn.Module:
+    """The convolution, by this way on a CPU if that is the faster one.
+
+    Its weights then take five times the memory: other number types and torch.compile want the
+    direct ones.
+    """
+    wins = conv.in_channels >= CHANNELS and compiled(conv)
+    return ByTiles(conv, Winograd(conv)) if wins else conv
+
+
+class ByTiles(nn.Module):
+    """A convolution that takes this way where it can."""
+
+    def __init__(self, conv: nn.Conv2d, by_tiles: Winograd) -> None:
+        super().__init__()
+        self.conv, self.by_tiles = conv, by_tiles
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """x_BFHW."""
+        if not pays(x_BCHW) or x_BCHW.dtype != torch.float32:
+            return self.conv(x_BCHW)
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
+        items = [self.by_tiles(x_HWC, 0, len(x_HWC)) for x_HWC in x_BHWC]
+        return torch.stack(items).permute(0, 3, 1, 2)
+
+
+def computed(conv: nn.Conv2d) -> bool:
+    """Whether it is of the form that is computed here."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == conv.padding == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _check(conv: nn.Conv2d) -> None:
+    if not computed(conv):
+        raise ValueError(f"only 3 x 3, stride 1, padding 1, without groups: {conv}")

@@ -1,0 +1,164 @@
+/* From scores on a coarse grid to the label of every pixel, its confidence, and what is counted.
+
+   Bilinear, half-pixel centres, as torch's interpolate(align_corners=False): rows are widened once
+   for all pixel rows between them, and of no more columns at a time than stay in a cache. */
+
+#define COLUMNS 128
+
+/* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), the exponent by
+   adding to the bits of a float. Below 2^-126 it stays there. */
+TARGET INLINE float OF(exp2_of)(float x)
+{
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    x = x > -126.0f ? x : -126.0f;
+    float whole = x + shift, rest = x - (whole - shift);
+    float value = 1.0f + rest * (0.69314718f + rest * (0.24022651f + rest * (0.055504109f
+        + rest * (0.0096181291f + rest * (0.0013333558f + rest * 0.00015403530f)))));
+    int32_t exponent, bits;
+    memcpy(&exponent, &whole, 4);
+    memcpy(&bits, &value, 4);
+    bits += (int32_t)((uint32_t)exponent << 23);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Where a pixel lies between two of n cells that are stretched over `length` pixels. */
+TARGET INLINE void OF(between)(int pixel, int n, int length, int32_t *before, int32_t *after, float *share)
+{
+    double at = (pixel + 0.5) * n / length - 0.5;
+    at = at < 0 ? 0 : at;
+    *before = (int32_t)at < n - 1 ? (int32_t)at : n - 1;
+    *after = *before + 1 < n ? *before + 1 : n - 1;
+    *share = (float)(at - *before);
+}
+
+/* One row of pixels between two widened rows: who wins, and its softmax. Ties go to the first. */
+TARGET static void OF(row)(const float *restrict above, const float *restrict below, int classes,
+                           float share, float *restrict octaves, float *restrict best,
+                           int32_t *restrict index, float *restrict sure)
+{
+    for (int x = 0; x < COLUMNS; x++) {
+        best[x] = octaves[x] = above[x] + share * (below[x] - above[x]);
+        index[x] = 0;
+        sure[x] = 0;
+    }
+    for (int k = 1; k < classes; k++) {
+        const float *restrict a = above + (size_t)k * COLUMNS, *restrict b = below + (size_t)k * COLUMNS;
+        float *restrict own = octaves + (size_t)k * COLUMNS;
+        for (int x = 0; x < COLUMNS; x++) {
+            float one = a[x] + share * (b[x] - a[x]);
+            int more = one > best[x];
+            own[x] = one;
+            index[x] = more ? k : index[x];
+            best[x] = more ? one : best[x];
+        }
+    }
+    for (int k = 0; k < classes; k++) {
+        const float *restrict own = octaves + (size_t)k * COLUMNS;
+        for (int x = 0; x < COLUMNS; x++)
+            sure[x] += OF(exp2_of)(own[x] - best[x]);
+    }
+    for (int x = 0; x < COLUMNS; x++)
+        sure[x] = 1.0f / sure[x];
+}
+
+/* Adds a row to counts and sums: neighbours of one class are added up in a register. */
+TARGET INLINE void OF(count)(const int32_t *index, const float *sure, int n, int64_t *counts, double *sums)
+{
+    for (int x = 0, start; x < n;) {
+        const int32_t class = index[x];
+        double sum = 0;
+        for (start = x; x < n && index[x] == class; x++)
+            sum += sure[x];
+        if (class >= 0) {
+            counts[class] += x - start;
+            sums[class] += sum;
+        }
+    }
+}
+
+/* Pixel rows y0 to y1 of a picture, `wanted` columns of each.
+
+   scores begin with grid row g0 of h, w cells wide, which are stretched over height x width pixels.
+   blank (or NULL) is not 0 where there is no data, ids (or NULL: 0, 1, ..) are the classes' labels,
+   labels have one or four bytes. counts and sums are set, not added to.
+   NO_NUMBER: some score is none; nothing is said then. */
+TARGET static int OF(finish)(const float *scores, int classes, long of_class, long of_row, int g0,
+                             int h, int w, int height, int width, int y0, int y1, int wanted,
+                             const uint8_t *blank, const int32_t *ids, int fill, int bytes,
+                             void *labels, uint8_t *certainty, int64_t *counts, double *sums)
+{
+    _Alignas(64) float best[COLUMNS], sure[COLUMNS], shares[COLUMNS];
+    _Alignas(64) int32_t index[COLUMNS], left[COLUMNS], right[COLUMNS];
+    const size_t plane = (size_t)classes * COLUMNS;
+    int32_t upper, lower;
+    float share;
+
+    OF(between)(y0, h, height, &upper, &lower, &share);
+    const int32_t first = upper;
+    OF(between)(y1 - 1, h, height, &upper, &lower, &share);
+    for (int k = 0; k < classes; k++)
+        for (int32_t y = first; y <= lower; y++) {
+            const float *row = scores + k * of_class + (y - g0) * of_row;
+            int32_t none = 0, bits;
+            for (int x = 0; x < w; x++) {
+                memcpy(&bits, row + x, 4);
+                none |= (bits & 0x7f800000) == 0x7f800000;
+            }
+            if (none)
+                return NO_NUMBER;
+        }
+
+    float *wide[2], *octaves = floats(3 * plane);
+    if (!octaves)
+        return NO_MEMORY;
+    memset(octaves, 0, 3 * plane * sizeof(float));
+    wide[0] = octaves + plane, wide[1] = octaves + 2 * plane;
+    memset(counts, 0, classes * sizeof(*counts));
+    memset(sums, 0, classes * sizeof(*sums));
+    for (int x0 = 0; x0 < wanted; x0 += COLUMNS) {
+        const int n = wanted - x0 < COLUMNS ? wanted - x0 : COLUMNS;
+        int32_t there[2] = {-1, -1};
+        for (int x = 0; x < n; x++)
+            OF(between)(x0 + x, w, width, left + x, right + x, shares + x);
+        for (int y = y0; y < y1; y++) {
+            OF(between)(y, h, height, &upper, &lower, &share);
+            for (int32_t y_grid = upper; y_grid <= lower; y_grid++) {
+                if (there[y_grid & 1] == y_grid)
+                    continue;
+                there[y_grid & 1] = y_grid;
+                for (int k = 0; k < classes; k++) {
+                    const float *row = scores + k * of_class + (y_grid - g0) * of_row;
+                    float *out = wide[y_grid & 1] + (size_t)k * COLUMNS;
+                    for (int x = 0; x < n; x++) /* times 1 / ln 2: 2^x is then what e^x was */
+                        out[x] = 1.44269504f * ((1 - shares[x]) * row[left[x]] + shares[x] * row[right[x]]);
+                }
+            }
+            OF(row)(wide[upper & 1], wide[lower & 1], classes, share, octaves, best, index, sure);
+            const size_t at = (size_t)(y - y0) * wanted + x0;
+            if (blank)
+                for (int x = 0; x < n; x++)
+                    if (blank[at + x])
+                        index[x] = -1, sure[x] = 0;
+            OF(count)(index, sure, n, counts, sums);
+            if (certainty)
+                for (int x = 0; x < n; x++)
+                    certainty[at + x] = (uint8_t)rintf(sure[x] * 255);
+            if (ids)
+                for (int x = 0; x < n; x++)
+                    index[x] = index[x] < 0 ? index[x] : ids[index[x]];
+            if (blank)
+                for (int x = 0; x < n; x++)
+                    index[x] = index[x] < 0 ? fill : index[x];
+            if (bytes == 1)
+                for (int x = 0; x < n; x++)
+                    ((uint8_t *)labels)[at + x] = (uint8_t)index[x];
+            else
+                memcpy((int32_t *)labels + at, index, n * sizeof(int32_t));
+        }
+    }
+    free(octaves);
+    return DONE;
+}
+
+#undef COLUMNS

@@ -1,0 +1,87 @@
+/* What a core does faster when it is told every step: three passes of an image's way on a CPU.
+
+   Plain C that needs no headers of Python or torch; Python calls it by ctypes, without the GIL
+   (__init__.py). Each pass is compiled once for every instruction set below (set.h), and Python
+   takes the best of those that the core at hand knows. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int halved_t(const float *x, int height, int width, int channels, const float *kernel,
+                     const float *bias, int features, int top, int rows, float *out);
+typedef int winograd_t(const float *x, int height, int width, int channels, const float *kernel,
+                       const float *bias, int features, int top, int rows, int halve, float *out);
+typedef int finish_t(const float *scores, int classes, long of_class, long of_row, int g0, int h,
+                     int w, int height, int width, int y0, int y1, int wanted, const uint8_t *blank,
+                     const int32_t *ids, int fill, int bytes, void *labels, uint8_t *certainty,
+                     int64_t *counts, double *sums);
+
+struct set {
+    int lanes;
+    halved_t *halved;
+    winograd_t *winograd;
+    finish_t *finish;
+};
+
+enum { DONE, NO_MEMORY, NO_NUMBER };
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOINED(a, b) a##_##b
+#define JOIN(a, b) JOINED(a, b)
+#define OF(name) JOIN(name, SET) /* this name, of the set that is being compiled */
+
+static float *floats(size_t n)
+{   /* some to spare: registers are read and written whole */
+    return aligned_alloc(64, (n * sizeof(float) / 64 + 3) * 64);
+}
+
+static size_t up_to(size_t n, size_t multiple)
+{
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+/* LANES: floats of a register. ROWS: twice as many sums stay in registers, beside their terms. */
+#if defined(__x86_64__)
+#define SET avx512
+#define LANES 16
+#define ROWS 12
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include "set.h"
+
+#define SET avx2
+#define LANES 8
+#define ROWS 6
+#define TARGET __attribute__((target("avx2,fma")))
+#include "set.h"
+#endif
+
+#define SET plain
+#define LANES 4
+#if defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+#define TARGET
+#include "set.h"
+
+/* The sets that this core knows, the best first; NULL after the last. */
+const struct set *maskfleet_set(int number)
+{
+    const struct set *known[4] = {NULL};
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        known[n++] = &set_avx512;
+    if (avx2)
+        known[n++] = &set_avx2;
+#endif
+    known[n++] = &set_plain;
+    return number < n ? known[number] : NULL;
+}

@@ -1,0 +1,137 @@
+"""Convolutions in C: the same answers as torch's, by every set of instructions known here."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, max_pool2d, pad
+
+from models.parts import kernels
+from models.parts.conv3x3 import CHANNELS, ByTiles, Halved, Winograd, faster
+
+SETS = list(kernels.known())
+SHAPES = [(1, 2, 2, 1), (3, 4, 5, 24), (5, 17, 3, 7), (13, 30, 66, 64), (32, 90, 64, 40)]
+
+
+@pytest.fixture(params=SETS or [None], ids=[f"{each.lanes} lanes" for each in SETS] or ["none"])
+def instructions(request, monkeypatch):
+    if request.param is None:
+        pytest.skip("nothing was compiled: no C compiler when this was installed")
+    monkeypatch.setattr(kernels, "LIBRARY", request.param)
+
+
+def convolution(channels, features, bias=True):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, features, 3, padding=1, bias=bias)
+    return conv.requires_grad_(requires_grad=False)
+
+
+def exact(conv, x_HWC):
+    bias = None if conv.bias is None else conv.bias.double()
+    return conv2d(x_HWC.double().permute(2, 0, 1)[None], conv.weight.double(), bias, padding=1)
+
+
+def halved(y_1FHW):
+    return max_pool2d(y_1FHW.relu(), 2)
+
+
+def rows_of(y_1FHW):
+    return y_1FHW[0].permute(1, 2, 0).float()
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("channels", "height", "width", "features"), SHAPES)
+def test_winograds_way_is_the_convolution_up_to_rounding(channels, height, width, features, bias):
+    conv = convolution(channels, features, bias)
+    x_HWC = torch.randn(height, width, channels)
+
+    whole_HWF = Winograd(conv)(x_HWC, 0, height)
+    halved_HWF = Winograd(conv)(x_HWC, 0, height, halve=True)
+
+    exact_1FHW = exact(conv, x_HWC)
+    torch.testing.assert_close(whole_HWF, rows_of(exact_1FHW), rtol=0, atol=5e-6)
+    torch.testing.assert_close(halved_HWF, rows_of(halved(exact_1FHW)), rtol=0, atol=5e-6)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(("channels", "height", "width", "features"), SHAPES)
+def test_few_channels_are_convolved_halved_and_cut_off_at_zero(channels, height, width, features):
+    conv = convolution(channels, features)
+    x_HWC = torch.randn(height, width, channels)
+
+    found_HWF = Halved(conv)(x_HWC, 0, height // 2)
+
+    expected_HWF = rows_of(halved(exact(conv, x_HWC)))
+    torch.testing.assert_close(found_HWF, expected_HWF, rtol=0, atol=5e-6)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_any_rows_can_be_had_and_beyond_the_map_lie_zeros():
+    conv = convolution(16, 24)
+    x_HWC = torch.randn(22, 19, 16)
+
+    halves_HWF, whole_HWF = Halved(conv)(x_HWC, -2, 15), Winograd(conv)(x_HWC, -2, 26)
+
+    around_HWF = pad(halves_HWF[2:13], (0, 0, 0, 0, 2, 2))
+    assert torch.equal(halves_HWF, around_HWF)
+    assert torch.equal(halves_HWF[5:9], Halved(conv)(x_HWC, 3, 4))
+    bordered_HWC = pad(x_HWC, (0, 0, 0, 0, 2, 2))
+    torch.testing.assert_close(whole_HWF, rows_of(exact(conv, bordered_HWC)), rtol=0, atol=5e-6)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("place", [(0, 0), (9, 10), (21, 18)])
+def test_what_is_no_number_is_not_hidden_by_a_maximum(place):
+    conv = convolution(3, 24)
+    x_HWC = torch.randn(22, 19, 3)
+    x_HWC[place] = torch.nan
+
+    for found_HWF in (
+        Halved(conv)(x_HWC, 0, 11),
+        Winograd(conv)(x_HWC, 0, 22, halve=True),
+        Winograd(conv)(x_HWC, 0, 22),
+    ):
+        assert found_HWF.isnan().any()
+        assert not found_HWF.isnan().all()
+
+
+@pytest.mark.usefixtures("instructions")
+@torch.inference_mode()
+def test_many_channels_take_this_way_and_half_precision_does_not():
+    conv = convolution(CHANNELS, 8)
+    x_BCHW = torch.randn(2, CHANNELS, 23, 19)
+
+    by_tiles = faster(conv)
+
+    assert isinstance(by_tiles, ByTiles)
+    torch.testing.assert_close(by_tiles(x_BCHW), conv(x_BCHW), rtol=0, atol=1e-5)
+    assert not torch.equal(by_tiles(x_BCHW), conv(x_BCHW))
+    half_BCHW, half = x_BCHW.bfloat16(), by_tiles.bfloat16()
+    assert torch.equal(half(half_BCHW), conv.bfloat16()(half_BCHW))
+
+
+def test_few_channels_and_other_shapes_stay_what_they_are(monkeypatch):
+    few, strided = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(128, 8, 3, stride=2, padding=1)
+    many = nn.Conv2d(128, 8, 3, padding=1)
+
+    assert faster(few) is few
+    assert faster(strided) is strided
+    monkeypatch.setattr(kernels, "LIBRARY", None)
+    assert faster(many) is many
+
+
+@pytest.mark.parametrize("kind", [Halved, Winograd])
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"kernel_size": 5},
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding": 0},
+        {"groups": 4},
+        {"padding_mode": "reflect"},
+    ],
+)
+def test_other_convolutions_are_refused(about, kind):
+    with pytest.raises(ValueError, match="only 3 x 3, stride 1, padding 1, without groups"):
+        kind(nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, **about}))

@@ -98,11 +98,14 @@ class Network(nn.Module):
         """Each item for itself, x_1CHW at its padded size."""
         items = []
         for i, (h, w) in enumerate(sizes):
-            # clone, not contiguous: a single-channel picture counts as contiguous in either format,
-            # and the strides it happens to have would choose the kernel.
+            # Strides, not is_contiguous: a single-channel picture counts as contiguous in either
+            # format, and the strides it happens to have would choose the kernel.
             x_1CHW = x_BCHW[i : i + 1, :, :h, :w]
             x_1CHW = on_canvas([x_1CHW], self.padded_size(h, w))
-            items.append(x_1CHW.clone(memory_format=torch.channels_last))
+            _, channels, height, width = x_1CHW.shape
+            if x_1CHW.stride() != (height * width * channels, 1, width * channels, channels):
+                x_1CHW = x_1CHW.clone(memory_format=torch.channels_last)
+            items.append(x_1CHW)
         return items
 
     def together(self, x_BCHW: Tensor, sizes: list[Size]) -> tuple[Tensor, Tensor | None]:

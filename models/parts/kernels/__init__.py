@@ -1,9 +1,9 @@
-"""Three passes in C (kernels.c) that torch does less well on a CPU, compiled when we are installed.
+"""Passes in C (kernels.c) that torch does less well on a CPU, compiled when we are installed.
 
 Where there was no C compiler, or a folder was copied to another kind of machine, `LIBRARY` is None,
 and their callers do the same by torch's operations: slower by up to a half, equal up to rounding.
 
-`halved` and `winograd` are operations of torch (`torch.ops.maskfleet`), so that recordings
+`halved`, `winograd` and `softmax` are operations of torch (`torch.ops.maskfleet`), so that recordings
 (replay.py) hold them. C runs without the GIL, in the thread that asks.
 
 Shapes: H W rows and columns, C channels, F features, P a panel of features; K classes; h w grid.
@@ -12,6 +12,7 @@ Shapes: H W rows and columns, C channels, F features, P a panel of features; K c
 from __future__ import annotations
 
 import ctypes
+import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy as np
+
+    Array = np.ndarray
 
 NO_MEMORY, NO_NUMBER = 1, 2  # kernels.c
 
@@ -30,6 +35,8 @@ _FINISH = ctypes.CFUNCTYPE(
     _INT, _POINTER, _INT, *(_LONG,) * 2, *(_INT,) * 8, *(_POINTER,) * 2, *(_INT,) * 2,
     *(_POINTER,) * 4,
 )  # fmt: skip
+_SOFTMAX = ctypes.CFUNCTYPE(_INT, _POINTER, *(_LONG,) * 3, _POINTER)
+_FEED = ctypes.CFUNCTYPE(_INT, _POINTER, _LONG, _INT, _LONG, *(_POINTER,) * 3, _LONG)
 
 
 class Set(ctypes.Structure):
@@ -37,8 +44,10 @@ class Set(ctypes.Structure):
 
     _fields_ = (
         ("lanes", _INT),
+        ("feed", _FEED),
         ("halved", _HALVED),
         ("winograd", _WINOGRAD),
+        ("softmax", _SOFTMAX),
         ("finish", _FINISH),
     )
 
@@ -106,6 +115,24 @@ def _winograd(
     return out_HWF
 
 
+def _softmax(x: Tensor, dim: int) -> Tensor:
+    """What torch's gives, of contiguous float32."""
+    out = torch.empty_like(x)
+    dim %= x.ndim
+    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    LIBRARY.softmax(x.data_ptr(), outer, x.shape[dim], inner, out.data_ptr())
+    return out
+
+
+def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> None:
+    """Rows of 8 bits times a scale plus a shift, into the first of `out_HX`; rows contiguous."""
+    rows, values = values_HX.shape
+    LIBRARY.feed(
+        values_HX.ctypes.data, values_HX.strides[0], rows, values, scale_X.ctypes.data,
+        shift_X.ctypes.data, out_HX.data_ptr(), out_HX.stride(0),
+    )  # fmt: skip
+
+
 def finish(
     scores_Khw: Tensor,
     g0: int,
@@ -170,6 +197,15 @@ _OPERATIONS.define(
     "winograd(Tensor x, Tensor kernel, Tensor bias, int features, int top, int rows, bool halve)"
     " -> Tensor"
 )
-_OPERATIONS.impl("halved", _halved, "CPU")
-_OPERATIONS.impl("winograd", _winograd, "CPU")
+_OPERATIONS.define("softmax(Tensor x, int dim) -> Tensor")
+for name, work in {"halved": _halved, "winograd": _winograd, "softmax": _softmax}.items():
+    _OPERATIONS.impl(name, work, "CPU")
 halved, winograd = torch.ops.maskfleet.halved, torch.ops.maskfleet.winograd
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """As torch's, to infer; in C where that can be."""
+    here = LIBRARY is not None and x.device.type == "cpu" and x.dtype == torch.float32
+    if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x.softmax(dim)
+    return torch.ops.maskfleet.softmax(x.contiguous(), dim)

@@ -3,25 +3,6 @@
    Bilinear, half-pixel centres, as torch's interpolate(align_corners=False): rows are widened once
    for all pixel rows between them, and of no more columns at a time than stay in a cache. */
 
-#define COLUMNS 128
-
-/* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), the exponent by
-   adding to the bits of a float. Below 2^-126 it stays there. */
-TARGET INLINE float OF(exp2_of)(float x)
-{
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    x = x > -126.0f ? x : -126.0f;
-    float whole = x + shift, rest = x - (whole - shift);
-    float value = 1.0f + rest * (0.69314718f + rest * (0.24022651f + rest * (0.055504109f
-        + rest * (0.0096181291f + rest * (0.0013333558f + rest * 0.00015403530f)))));
-    int32_t exponent, bits;
-    memcpy(&exponent, &whole, 4);
-    memcpy(&bits, &value, 4);
-    bits += (int32_t)((uint32_t)exponent << 23);
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 /* Where a pixel lies between two of n cells that are stretched over `length` pixels. */
 TARGET INLINE void OF(between)(int pixel, int n, int length, int32_t *before, int32_t *after, float *share)
 {
@@ -130,8 +111,8 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                 for (int k = 0; k < classes; k++) {
                     const float *row = scores + k * of_class + (y_grid - g0) * of_row;
                     float *out = wide[y_grid & 1] + (size_t)k * COLUMNS;
-                    for (int x = 0; x < n; x++) /* times 1 / ln 2: 2^x is then what e^x was */
-                        out[x] = 1.44269504f * ((1 - shares[x]) * row[left[x]] + shares[x] * row[right[x]]);
+                    for (int x = 0; x < n; x++)
+                        out[x] = OCTAVE * ((1 - shares[x]) * row[left[x]] + shares[x] * row[right[x]]);
                 }
             }
             OF(row)(wide[upper & 1], wide[lower & 1], classes, share, octaves, best, index, sure);
@@ -160,5 +141,3 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
     free(octaves);
     return DONE;
 }
-
-#undef COLUMNS

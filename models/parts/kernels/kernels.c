@@ -1,4 +1,4 @@
-/* What a core does faster when it is told every step: three passes of an image's way on a CPU.
+/* What a core does faster when it is told every step: passes of an image's way on a CPU.
 
    Plain C that needs no headers of Python or torch; Python calls it by ctypes, without the GIL
    (__init__.py). Each pass is compiled once for every instruction set below (set.h), and Python
@@ -19,10 +19,16 @@ typedef int finish_t(const float *scores, int classes, long of_class, long of_ro
                      const int32_t *ids, int fill, int bytes, void *labels, uint8_t *certainty,
                      int64_t *counts, double *sums);
 
+typedef int softmax_t(const float *x, long outer, long n, long inner, float *out);
+typedef int feed_t(const uint8_t *values, long of_row, int rows, long n, const float *scale,
+                   const float *shift, float *out, long of_out);
+
 struct set {
     int lanes;
+    feed_t *feed;
     halved_t *halved;
     winograd_t *winograd;
+    softmax_t *softmax;
     finish_t *finish;
 };
 

@@ -14,15 +14,21 @@ TARGET INLINE Floats OF(greater)(Floats a, Floats b)
     return (Floats)((more & (Ints)a) | (~more & (Ints)b));
 }
 
+#include "feed.h"
 #include "conv3x3.h"
+#include "softmax.h"
 #include "finish.h"
 
-static const struct set OF(set) = {LANES, OF(halved), OF(winograd), OF(finish)};
+static const struct set OF(set) = {
+    LANES, OF(feed), OF(halved), OF(winograd), OF(softmax), OF(finish),
+};
 
 #undef Floats
 #undef Ints
 #undef PANEL
 #undef AT
+#undef COLUMNS
+#undef OCTAVE
 #undef SET
 #undef LANES
 #undef ROWS

@@ -43,7 +43,7 @@ def overview(run: Run) -> bytes | None:
     if sheet is None:
         return None
     sink = io.BytesIO()
-    sheet.save(sink, "PNG", optimize=True)
+    sheet.save(sink, "PNG", compress_level=3)  # 6 is twice as long for 4 % less, optimize ten times
     return sink.getvalue()
 
 

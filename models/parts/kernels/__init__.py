@@ -1,10 +1,10 @@
 """Passes in C (kernels.c) that torch does less well on a CPU, compiled when we are installed.
 
-Where there was no C compiler, or a folder was copied to another kind of machine, `LIBRARY` is None,
+Where there was no C compiler, or a folder came from another kind of machine, `LIBRARY` is None,
 and their callers do the same by torch's operations: slower by up to a half, equal up to rounding.
 
-`halved`, `winograd` and `softmax` are operations of torch (`torch.ops.maskfleet`), so that recordings
-(replay.py) hold them. C runs without the GIL, in the thread that asks.
+`halved`, `winograd` and `softmax` are operations of torch (`torch.ops.maskfleet`), so that
+recordings (replay.py) hold them. C runs without the GIL, in the thread that asks.
 
 Shapes: H W rows and columns, C channels, F features, P a panel of features; K classes; h w grid.
 """

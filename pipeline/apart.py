@@ -22,7 +22,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from pipeline.errors import RunUnfinished
+from pipeline.errors import MaskfleetError, RunUnfinished
+from pipeline.heap import out_of_memory
 from pipeline.ranged import Ranged
 
 READY_S = 120.0  # a child loads Python and this file: a moment, more on a crowded machine
@@ -127,6 +128,15 @@ def spoken_with(
     )
     theirs.close()
     return process, ours
+
+
+def told(error: Exception) -> Exception:
+    """An error of a child as its parent raises it, without what it holds, which may not travel."""
+    if isinstance(error, MaskfleetError):
+        return type(error)(str(error))
+    if out_of_memory(error):
+        return MemoryError(str(error))
+    return RuntimeError(f"in a child process:\n{traceback.format_exc()}")
 
 
 def limit_memory(megabytes: int) -> None:

@@ -13,16 +13,14 @@ large mask, a bug) is not the image's fault and is raised here as it is.
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 
-from pipeline.apart import limit_memory, spoken_with
+from pipeline.apart import limit_memory, spoken_with, told
 from pipeline.bound import bound
 from pipeline.clock import Clock
 from pipeline.config import Compute
-from pipeline.errors import MaskfleetError, Reason, RunUnfinished, Station
-from pipeline.heap import out_of_memory
+from pipeline.errors import Reason, RunUnfinished, Station
 from pipeline.line import Line
 from pipeline.measure import MeasuredMask, RejectedImage, Result
 from pipeline.records import EncodedImage, Verdict
@@ -169,16 +167,7 @@ def _serve(run_uri: str, compute: Compute, channel: Connection) -> None:
     try:
         _answer(run_uri, compute, channel)
     except Exception as error:  # noqa: BLE001 - the parent raises it
-        channel.send(_told(error))
-
-
-def _told(error: Exception) -> Exception:
-    """An error without what it holds, which may not travel."""
-    if isinstance(error, MaskfleetError):
-        return type(error)(str(error))
-    if out_of_memory(error):
-        return MemoryError(str(error))
-    return RuntimeError(f"in a child process:\n{traceback.format_exc()}")
+        channel.send(told(error))
 
 
 def _answer(run_uri: str, compute: Compute, channel: Connection) -> None:

@@ -37,6 +37,7 @@ from pipeline.line import Line
 from pipeline.memory import refuse_too_little
 from pipeline.packing import object_of
 from pipeline.place import Capacity, Found
+from pipeline.probing import probed
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
 from pipeline.run import attempt, load, store
 from pipeline.storage import open_store
@@ -160,13 +161,22 @@ class OnRay:
         config: SegmentConfig,
     ) -> Found:
         """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
+        if self._local:
+            return self._found_here(bundle, images, config)
         self.connect()
-        if self._local:  # of a cluster's nodes nobody knows how many actors each will have
-            fragments = -(-images // config.fragment.images)  # at least: other bounds make more
-            refuse_too_little(len(bundle[1]), min(self._wanted(self.alive()), max(1, fragments)))
         probe = ray.remote(_probe).options(num_cpus=SEGMENT_CPUS, num_gpus=self.gpus)
         asked = probe.remote(bundle, config.model_dump_json())
         return Found(**_waited(asked, self._compute.no_progress_s))
+
+    def _found_here(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
+        """The same beside Ray's own start."""
+        refuse_too_little(len(bundle[1]), processes=1)
+        with probed(bundle, config) as answer:
+            self.connect()
+            fragments = -(-images // config.fragment.images)  # at least: other bounds make more
+            workers = min(self._wanted(self.alive()), max(1, fragments))
+            refuse_too_little(len(bundle[1]), workers)
+            return answer(self._compute.no_progress_s)
 
     @property
     def capacity(self) -> Capacity:

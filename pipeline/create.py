@@ -39,6 +39,10 @@ DEMO = Path(__file__).parent.parent / "models" / "demo"
 PROBED = 256  # images whose headers decide the slot size (STORE §5)
 LISTED = 1000  # names of a folder that is no model, to say what lies there instead
 HEAD = 65_536  # bytes of an image that usually hold its size
+UNCOMPILED = (
+    "what we have in C is not compiled where this runs (was there no C compiler when it was "
+    "installed?): on CPUs it takes up to twice as long; docs/speed.md"
+)
 SLOT_LEAST, SLOT_MOST = 2**16, 2**22
 SLOT_STEP = 4096  # the next power of two would store up to as much filling as mask
 TILE, OVERLAP = 1024, 128  # where neither config nor bundle says
@@ -171,6 +175,8 @@ def create_run(
     del plan  # before a model takes its place in memory
     pa.default_memory_pool().release_unused()
     found = place.found(bundle, images, config)
+    if found.device == "cpu" and not found.compiled:
+        say(config.log, "uncompiled", text=UNCOMPILED)
     about = {
         "name": config.model,
         "sha256": card.sha256,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from models import load_bundle_bytes
+from models.parts import kernels
 from models.parts.replay import Replayed
 from pipeline.batch import Batch, padded
 from pipeline.clock import Pass
@@ -266,6 +267,7 @@ class Segmenter:
             about.multiple,
             self.bundle.task == "segment" and about.partial_cells,
             about.max_side,
+            kernels.LIBRARY is not None,
         )
 
     def probe(self) -> int:

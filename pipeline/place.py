@@ -22,6 +22,8 @@ class Found:
     multiple: int = 1
     partial_cells: bool = False
     max_side: int | None = None
+    compiled: bool = True
+    """Whether what we have in C can be used there (`models.parts.kernels`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 import zarr
 
 import models
+from models.parts import kernels
 from pipeline import open_run
 from pipeline.config import from_mapping
 from pipeline.decode import DecodeLimits, decode
@@ -288,6 +289,24 @@ def test_threads_fragments_and_batches_do_not_change_a_mask(finished, tmp_path, 
     for key in KEYS:
         if key != "loose/broken.jpg":
             assert np.array_equal(one.mask(key), other.mask(key))
+
+
+def test_where_nothing_is_compiled_a_run_says_so_and_ends_the_same(
+    finished, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(kernels, "LIBRARY", None)
+    caplog.set_level("INFO", "maskfleet")
+
+    segment(finished.source, tmp_path / "out", finished.model, slot_bytes=4096)
+
+    assert "is not compiled where this runs" in caplog.text
+    with_c, without = content(finished.out), content(tmp_path / "out")
+    assert without["masks"].keys() == with_c["masks"].keys()
+    assert without["rejected"] == with_c["rejected"]
+    for key, (shape, labels) in without["masks"].items():
+        same = np.frombuffer(labels, np.uint8) == np.frombuffer(with_c["masks"][key][1], np.uint8)
+        assert shape == with_c["masks"][key][0]
+        assert same.mean() > 0.999  # two classes may be level up to rounding
 
 
 def test_every_orientation_gives_the_mask_of_the_upright_picture(tmp_path, tiny_bundle):

@@ -26,8 +26,10 @@ from benchmarks.limit import Staged, limits_of, run_once, stage_costs
 from benchmarks.models import answer, forms, lively, turns
 from benchmarks.record import commit, machine
 from benchmarks.storage import measured
+from models.parts import kernels
 from pipeline.batch import STEPS
 from pipeline.create import read_bundle
+from pipeline.finishing import Finisher
 from pipeline.heap import keep_freed_memory
 
 RECORDED = Path(__file__).parent / "ratios.json"
@@ -77,6 +79,20 @@ def faster(base: str, form: str, model: str, side: int = 512) -> float:
     return slow / fast
 
 
+@torch.inference_mode()
+def finishing() -> float:
+    torch.set_num_threads(1)
+    scores_Khw = torch.randn(11, 90, 120, generator=torch.Generator().manual_seed(0)) * 4
+    about = scores_Khw, 0, (90, 120), (360, 480), (0, 360), 480, None, False
+    in_c, kernels.LIBRARY = kernels.LIBRARY, None
+    by_torch = Finisher(list(range(11)), torch.device("cpu"))
+    kernels.LIBRARY = in_c
+    ours = Finisher(list(range(11)), torch.device("cpu"))
+    calls = [lambda f=f: f.finished(*about) for f in (by_torch, ours)]
+    slow, fast = turns(calls, time.thread_time)
+    return slow / fast
+
+
 def near_the_limit() -> float:
     segmenter = Staged(*read_bundle("demo"), "cpu")
     files = pictures([SHIPPED])
@@ -115,6 +131,7 @@ RATIOS = {
         lambda: faster("plain", "folded", "segformer:b0"),
         0.12,
     ),
+    "finishing": Ratio("scores to labels: by torch's operations / in C", finishing, 0.2),
     "near_the_limit": Ratio("first to last fragment / work-bound limit", near_the_limit, 0.1),
 }
 

@@ -273,9 +273,12 @@ class Segmenter:
     def probe(self) -> int:
         """The pixel budget of a batch: the smallest whose pixels are about as fast as any's.
 
-        Found once per run and frozen in its run.json.
+        Found once per run and frozen in its run.json. On a CPU, where pictures pass one by one,
+        none is faster than another: that of one picture.
         """
         side = min(PROBE_SIDE, self.model.max_side or PROBE_SIDE)
+        if self._gpu is None:
+            return side**2
         best, budget = float("inf"), side**2
         for count in PROBE_BATCHES:
             seconds = self._timed(count, side)

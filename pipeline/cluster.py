@@ -37,7 +37,7 @@ from pipeline.line import Line
 from pipeline.memory import refuse_too_little
 from pipeline.packing import object_of
 from pipeline.place import Capacity, Found
-from pipeline.probing import probed
+from pipeline.probing import probing
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
 from pipeline.run import attempt, load, store
 from pipeline.storage import open_store
@@ -160,7 +160,7 @@ class OnRay:
         images: int,
         config: SegmentConfig,
     ) -> Found:
-        """See `pipeline.place.Place.found`: on a worker, since the driver may have no GPU."""
+        """See `pipeline.place.Place.found`: not in the driver, which may have no GPU."""
         if self._local:
             return self._found_here(bundle, images, config)
         self.connect()
@@ -169,14 +169,17 @@ class OnRay:
         return Found(**_waited(asked, self._compute.no_progress_s))
 
     def _found_here(self, bundle: tuple[bytes, bytes], images: int, config: SegmentConfig) -> Found:
-        """The same beside Ray's own start."""
+        """By a process that makes itself ready beside Ray's own start."""
         refuse_too_little(len(bundle[1]), processes=1)
-        with probed(bundle, config) as answer:
+        with probing() as found:
             self.connect()
             fragments = -(-images // config.fragment.images)  # at least: other bounds make more
             workers = min(self._wanted(self.alive()), max(1, fragments))
             refuse_too_little(len(bundle[1]), workers)
-            return answer(self._compute.no_progress_s)
+            compute = config.compute
+            if not self.gpus:  # as its workers will see it
+                compute = compute.model_copy(update={"device": "cpu"})
+            return found(bundle, config.model_copy(update={"compute": compute}))
 
     @property
     def capacity(self) -> Capacity:

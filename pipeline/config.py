@@ -53,7 +53,7 @@ class Batch(_Knobs):
     """How tiles of many pictures share one pass of the model."""
 
     pixels: int | None = Field(default=None, ge=1)
-    """Padded pixels of a batch at most; default: found by a probe when the run is created."""
+    """Padded pixels of a batch at most; default: on GPUs found by a probe when a run is created."""
     window_mb: int = Field(default=512, ge=1)
     """Decoded megabytes a fragment may hold while its batches fill."""
     mix: bool = False

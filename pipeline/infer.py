@@ -33,6 +33,7 @@ from pipeline.tile import Picture, Rows, Tile, TileAnswer
 
 PRIMITIVES = 64  # a model of one size has some 30, a fragment of mixed sizes some 300
 PROBE_SIDE = 256
+TURNS = 4  # the first one warms up
 PROBE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN = 0.97  # a larger batch must be at least 3 % faster per pixel to be worth its memory
 
@@ -278,6 +279,7 @@ class Segmenter:
         """
         side = min(PROBE_SIDE, self.model.max_side or PROBE_SIDE)
         if self._gpu is None:
+            self._timed(1, side, turns=1)  # a model that cannot be run at all says so now
             return side**2
         best, budget = float("inf"), side**2
         for count in PROBE_BATCHES:
@@ -287,15 +289,15 @@ class Segmenter:
             best, budget = seconds, count * side**2
         return budget
 
-    def _timed(self, count: int, side: int) -> float | None:
-        """Seconds per picture at a batch size, the best of three; None where memory ends."""
+    def _timed(self, count: int, side: int, turns: int = TURNS) -> float | None:
+        """Seconds per picture at a batch size, the best turn; None where memory ends."""
         values = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
         plan = PlannedImage(0, "", "", None, None, 0, "", "", 0)  # nobody's: only its pixels count
         picture = Picture(plan, Pixels(values, None), 0, "", large=False, rows=(0,), columns=(0,))
         tiles = (Tile(picture, 0, 0, side, side),) * count
         side = padded(side, math.lcm(self.model.stride, self.model.multiple))
         times = []
-        for _ in range(4):  # the first one warms up
+        for _ in range(turns):
             start = time.perf_counter()
             try:
                 self._run(tiles, side, side, confidence=False)
@@ -304,7 +306,7 @@ class Segmenter:
                     raise
                 return None
             times.append(time.perf_counter() - start)
-        return min(times[1:]) / count
+        return min(times) / count
 
 
 def device_of(wanted: str) -> str:

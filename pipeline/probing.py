@@ -1,12 +1,14 @@
-"""A model probed in a process of its own, while Ray starts on the same machine (cluster.py).
+"""A process that is ready to probe a model when Ray has started on the same machine (cluster.py).
 
 Ray's start waits more than it works. A first worker would import torch only after it, and begin
-four seconds later (2 cores, 2026-11-30).
+four seconds later (2 cores, 2026-11-30). The model comes when Ray is there: nothing disturbs what
+is timed, and whether there is a GPU for us is Ray's to say.
 """
 
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
@@ -18,23 +20,24 @@ from pipeline.place import Found
 
 
 @contextlib.contextmanager
-def probed(
-    bundle: tuple[bytes, bytes], config: SegmentConfig
-) -> Iterator[Callable[[float], Found]]:
-    """Begin; what it gives waits so many seconds for the answer.
-
-    Args:
-        bundle: model.json and weights.safetensors.
-        config: the run's.
+def probing() -> Iterator[Callable[[tuple[bytes, bytes], SegmentConfig], Found]]:
+    """Begin; what it gives probes a bundle as a config wants it used.
 
     Raises:
         RunRefused: the bundle cannot be used; by the call, as are:
-        RunUnfinished: the process ended or was too slow.
+        RunUnfinished: the process ended, or was silent for longer than no_progress_s.
         MemoryError: it had too little.
     """
-    process, ours = spoken_with(["pipeline.probing"], bound)
+    try:
+        process, ours = spoken_with(["pipeline.probing"], bound)
+    except OSError as error:
+        raise RunUnfinished(f"no process can be started to probe the model: {error}") from error
 
-    def answer(patience_s: float) -> Found:
+    def found(bundle: tuple[bytes, bytes], config: SegmentConfig) -> Found:
+        patience_s = config.compute.no_progress_s
+        # By a thread: who is not read from waits, and the wait for an answer has an end.
+        asked = (bundle, config.model_dump_json())
+        threading.Thread(target=_sent, args=(ours, asked), daemon=True).start()
         try:
             if not ours.poll(patience_s):
                 raise RunUnfinished(
@@ -42,7 +45,7 @@ def probed(
                     "run the same command again"
                 )
             said = ours.recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             raise RunUnfinished(
                 f"the process that was to probe the model ended (exit {process.wait()}); did it "
                 "lack memory? Run the same command again"
@@ -52,21 +55,24 @@ def probed(
         return said
 
     try:
-        with contextlib.suppress(ConnectionError):  # the answer says that it is gone
-            ours.send((bundle, config.model_dump_json()))
-        yield answer
+        yield found
     finally:
         process.kill()
         process.wait()
         ours.close()
 
 
+def _sent(channel: Connection, asked: object) -> None:
+    with contextlib.suppress(OSError):  # the wait for an answer says that nobody is there
+        channel.send(asked)
+
+
 def _serve(channel: Connection) -> None:
     """The child: one model."""
     try:
-        bundle, config = channel.recv()
         from pipeline.infer import Segmenter  # torch: here only
 
+        bundle, config = channel.recv()
         channel.send(Segmenter.of(bundle, SegmentConfig.model_validate_json(config)).found())
     except EOFError:  # nobody waits any more
         return

@@ -7,7 +7,7 @@ than the direct sum, but by as little: some 1e-6 of the largest value.
 
 Both are for float32 alone: half precision has no digits to spare.
 
-Shapes: B batch, C input channels, F output channels, H W grid, P a panel of features.
+Shapes: B batch, C input channels, F output channels, H W grid, n packed numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _transform() -> Tensor:
 class Halved(nn.Module):
     """A 3 x 3 convolution of stride 1 with a border of one zero, its 2 x 2 maximum, and ReLU."""
 
-    kernel_1pXP: Tensor
+    kernel_n: Tensor
     bias_F: Tensor
 
     @torch.no_grad()
@@ -51,19 +51,19 @@ class Halved(nn.Module):
         self.features = conv.out_channels
         weight_yxCF = conv.weight.detach().cpu().permute(2, 3, 1, 0)
         packed = kernels.packed(weight_yxCF.flatten(0, 2)[None])
-        self.register_buffer("kernel_1pXP", packed, persistent=False)
+        self.register_buffer("kernel_n", packed, persistent=False)
         bias = kernels.packed_bias(conv.bias, self.features)
         self.register_buffer("bias_F", bias, persistent=False)
 
     def forward(self, x_HWC: Tensor, top: int, rows: int) -> Tensor:
         """Rows `top` to `top + rows` of the halved map, zeros beyond it: out_HWF."""
-        return kernels.halved(x_HWC, self.kernel_1pXP, self.bias_F, self.features, top, rows)
+        return kernels.halved(x_HWC, self.kernel_n, self.bias_F, self.features, top, rows)
 
 
 class Winograd(nn.Module):
     """A 3 x 3 convolution of stride 1 with a border of one zero."""
 
-    kernel_36pCP: Tensor
+    kernel_n: Tensor
     bias_F: Tensor
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Winograd(nn.Module):
         weight_FCyx = conv.weight.detach().cpu().double()
         kernel_66CF = torch.einsum("py,fcyx,qx->pqcf", points_63, weight_FCyx, points_63)
         packed = kernels.packed(kernel_66CF.flatten(0, 1))
-        self.register_buffer("kernel_36pCP", packed, persistent=False)
+        self.register_buffer("kernel_n", packed, persistent=False)
         bias = kernels.packed_bias(conv.bias, self.features)
         self.register_buffer("bias_F", bias, persistent=False)
 
@@ -88,7 +88,7 @@ class Winograd(nn.Module):
             rows: of outputs, before they are halved.
             halve: whether the maximum is wanted.
         """
-        about = self.kernel_36pCP, self.bias_F, self.features
+        about = self.kernel_n, self.bias_F, self.features
         return kernels.winograd(x_HWC, *about, top, rows, halve)
 
 
@@ -121,7 +121,8 @@ class ByTiles(nn.Module):
             return self.conv(x_BCHW)
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
         items = [self.by_tiles(x_HWC, 0, len(x_HWC)) for x_HWC in x_BHWC]
-        return torch.stack(items).permute(0, 3, 1, 2)
+        out_BHWF = items[0][None] if len(items) == 1 else torch.stack(items)
+        return out_BHWF.permute(0, 3, 1, 2)
 
 
 def computed(conv: nn.Conv2d) -> bool:

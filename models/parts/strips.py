@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pays(x_BCHW: Tensor) -> bool:
-    """Whether strips are of use: on a CPU, to infer, by torch's own operations."""
+    """Whether strips, and C, are of use: on a CPU, to infer, where torch compiles nothing."""
     elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
     return not elsewhere and not torch.is_grad_enabled()
 

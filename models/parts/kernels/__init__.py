@@ -1,12 +1,13 @@
 """Passes in C (kernels.c) that torch does less well on a CPU, compiled when we are installed.
 
-Where there was no C compiler, or a folder came from another kind of machine, `LIBRARY` is None,
-and their callers do the same by torch's operations: slower by up to a half, equal up to rounding.
+Where there was no C compiler, or what was compiled is of another version of this file, `LIBRARY` is
+None, and callers do the same by torch's operations: up to twice as slow, equal up to rounding.
 
 `halved`, `winograd` and `softmax` are operations of torch (`torch.ops.maskfleet`), so that
 recordings (replay.py) hold them. C runs without the GIL, in the thread that asks.
 
-Shapes: H W rows and columns, C channels, F features, P a panel of features; K classes; h w grid.
+Shapes: H W rows and columns, C channels, F features, P a panel of features; K classes; h w grid;
+N kernels of n numbers in all.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
-
     Array = np.ndarray
 
-NO_MEMORY, NO_NUMBER = 1, 2  # kernels.c
+COMPILED = "maskfleet_kernels"  # pyproject.toml
+INTERFACE, NO_MEMORY, NO_NUMBER = 1, 1, 2  # kernels.c
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _HALVED = ctypes.CFUNCTYPE(_INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, *(_INT,) * 3, _POINTER)
@@ -53,14 +54,18 @@ class Set(ctypes.Structure):
 
 
 def known() -> Iterator[Any]:
-    """The sets that this core knows, the best first; none where nothing was compiled."""
-    spec = find_spec(f"{__name__}._compiled")
-    if spec is None or spec.origin is None:
+    """The sets that this core knows, the best first; none where nothing of use was compiled."""
+    try:
+        spec = find_spec(COMPILED)
+        library = ctypes.CDLL(spec.origin if spec and spec.origin else "")
+        if spec is None or ctypes.c_int.in_dll(library, "maskfleet_interface").value != INTERFACE:
+            return
+        give = library.maskfleet_set
+    except (OSError, AttributeError, ValueError):  # of another kind of machine, cut short, too old
         return
-    library = ctypes.CDLL(spec.origin)
-    library.maskfleet_set.restype = ctypes.POINTER(Set)
+    give.restype = ctypes.POINTER(Set)
     number = 0
-    while found := library.maskfleet_set(number):
+    while found := give(number):
         yield found.contents
         number += 1
 
@@ -70,10 +75,10 @@ LIBRARY: Any = next(known(), None)
 
 
 def packed(kernel_NCF: Tensor) -> Tensor:
-    """Kernels as C reads them, panel by panel: kernel_NpCP, zeros behind the last feature."""
+    """Kernels as C reads them, panel by panel, zeros behind the last feature: kernel_n."""
     panel = 2 * LIBRARY.lanes
     padded = torch.nn.functional.pad(kernel_NCF, (0, -kernel_NCF.shape[2] % panel))
-    return padded.unflatten(2, (-1, panel)).transpose(1, 2).to(torch.float32).contiguous()
+    return padded.unflatten(2, (-1, panel)).transpose(1, 2).to(torch.float32).flatten()
 
 
 def packed_bias(bias_F: Tensor | None, features: int) -> Tensor:
@@ -84,19 +89,20 @@ def packed_bias(bias_F: Tensor | None, features: int) -> Tensor:
 
 
 def _halved(
-    x_HWC: Tensor, kernel_1pXP: Tensor, bias_F: Tensor, features: int, top: int, rows: int
+    x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int, top: int, rows: int
 ) -> Tensor:
     """Rows `top` to `top + rows` of a 3 x 3 convolution, its 2 x 2 maximum, and ReLU: out_HWF."""
     height, width, channels = x_HWC.shape
+    _check(x_HWC, kernel_n, bias_F, 9 * channels, features)
     out_HWF = x_HWC.new_empty(rows, width // 2, features)
-    about = height, width, channels, kernel_1pXP.data_ptr(), bias_F.data_ptr(), features
+    about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
     _done(LIBRARY.halved(x_HWC.data_ptr(), *about, top, rows, out_HWF.data_ptr()))
     return out_HWF
 
 
 def _winograd(
     x_HWC: Tensor,
-    kernel_36pCP: Tensor,
+    kernel_n: Tensor,
     bias_F: Tensor,
     features: int,
     top: int,
@@ -108,11 +114,25 @@ def _winograd(
     Beyond the map lie zeros. The kernel is a transformed one, packed, as is the bias.
     """
     height, width, channels = x_HWC.shape
+    _check(x_HWC, kernel_n, bias_F, 36 * channels, features)
     shape = (rows // 2, width // 2) if halve else (rows, width)
     out_HWF = x_HWC.new_empty(*shape, features)
-    about = height, width, channels, kernel_36pCP.data_ptr(), bias_F.data_ptr(), features
+    about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
     _done(LIBRARY.winograd(x_HWC.data_ptr(), *about, top, rows, int(halve), out_HWF.data_ptr()))
     return out_HWF
+
+
+def _check(x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, terms: int, features: int) -> None:
+    """Whether C may read as many numbers as it will: kernels may have come from elsewhere."""
+    padded = features + -features % (2 * LIBRARY.lanes)
+    sizes = {"kernel": (kernel_n, terms * padded), "bias": (bias_F, padded)}
+    for name, (numbers, wanted) in {**sizes, "map": (x_HWC, x_HWC.numel())}.items():
+        kind, there = numbers.dtype, numbers.numel()
+        if kind != torch.float32 or there != wanted or not numbers.is_contiguous():
+            raise ValueError(
+                f"the {name} of a convolution in C must be {wanted} float32 in a row, it is "
+                f"{there} {kind} by {numbers.stride()}; fold the model again on this machine"
+            )
 
 
 def _softmax(x: Tensor, dim: int) -> Tensor:
@@ -125,7 +145,9 @@ def _softmax(x: Tensor, dim: int) -> Tensor:
 
 
 def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> None:
-    """Rows of 8 bits times a scale plus a shift, into the first of `out_HX`; rows contiguous."""
+    """Rows of 8 bits times a scale plus a shift, into the rows of `out_HX`."""
+    if values_HX.strides[1] != 1:  # a picture that was turned without being copied
+        values_HX = np.ascontiguousarray(values_HX)
     rows, values = values_HX.shape
     LIBRARY.feed(
         values_HX.ctypes.data, values_HX.strides[0], rows, values, scale_X.ctypes.data,
@@ -186,7 +208,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _done(said: int) -> None:
     if said == NO_MEMORY:
-        raise MemoryError("no memory for a convolution's tiles, or for a row of scores")
+        # in a recording torch makes a RuntimeError of it, which `heap.out_of_memory` knows so
+        raise MemoryError("cannot allocate memory for a convolution's tiles or a row of scores")
 
 
 _OPERATIONS = torch.library.Library("maskfleet", "DEF")

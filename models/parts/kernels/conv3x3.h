@@ -145,7 +145,7 @@ TARGET static int OF(winograd)(const float *x, int height, int width, int channe
     if (!planes)
         return NO_MEMORY;
     float *nothing = planes + 6 * of_plane, *v = nothing + of_plane, *m = v + 36 * of_v;
-    /* zeros also for tiles that only fill up ROWS */
+    /* zeros beyond the map; and in tiles that only fill up ROWS anything that is a number */
     memset(nothing, 0, (of_plane + 36 * of_v) * sizeof(float));
 
     for (int group = 0; side * group < out_rows; group++)

@@ -63,7 +63,7 @@ TARGET INLINE void OF(count)(const int32_t *index, const float *sure, int n, int
    scores begin with grid row g0 of h, w cells wide, which are stretched over height x width pixels.
    blank (or NULL) is not 0 where there is no data, ids (or NULL: 0, 1, ..) are the classes' labels,
    labels have one or four bytes. counts and sums are set, not added to.
-   NO_NUMBER: some score is none; nothing is said then. */
+   NO_NUMBER: some score is none, or near the end of floats; nothing is said then. */
 TARGET static int OF(finish)(const float *scores, int classes, long of_class, long of_row, int g0,
                              int h, int w, int height, int width, int y0, int y1, int wanted,
                              const uint8_t *blank, const int32_t *ids, int fill, int bytes,
@@ -84,7 +84,7 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
             int32_t none = 0, bits;
             for (int x = 0; x < w; x++) {
                 memcpy(&bits, row + x, 4);
-                none |= (bits & 0x7f800000) == 0x7f800000;
+                none |= (bits & 0x7f800000) >= 0x7e000000; /* 2^125: so that no sum overflows */
             }
             if (none)
                 return NO_NUMBER;

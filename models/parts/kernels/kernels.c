@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Raised whenever something below takes or gives something else; __init__.py asks for it. */
+const int maskfleet_interface = 1;
+
 typedef int halved_t(const float *x, int height, int width, int channels, const float *kernel,
                      const float *bias, int features, int top, int rows, float *out);
 typedef int winograd_t(const float *x, int height, int width, int channels, const float *kernel,

@@ -4,11 +4,11 @@
 #define COLUMNS 128
 
 /* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), the exponent by
-   adding to the bits of a float. Below 2^-126 it stays there. */
+   adding to the bits of a float. Below 2^-126 it stays there; what is no number stays so. */
 TARGET INLINE float OF(exp2_of)(float x)
 {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    x = x < -126.0f ? -126.0f : x; /* what is no number stays so */
+    x = x < -126.0f ? -126.0f : x;
     float whole = x + shift, rest = x - (whole - shift);
     float value = 1.0f + rest * (0.69314718f + rest * (0.24022651f + rest * (0.055504109f
         + rest * (0.0096181291f + rest * (0.0013333558f + rest * 0.00015403530f)))));
@@ -17,11 +17,11 @@ TARGET INLINE float OF(exp2_of)(float x)
     memcpy(&bits, &value, 4);
     bits += (int32_t)((uint32_t)exponent << 23);
     memcpy(&value, &bits, 4);
-    return value;
+    return x == x ? value : x;
 }
 
 /* One block of n values beside each other. */
-TARGET INLINE void OF(softmax_beside)(const float *x, size_t n, float *out)
+TARGET INLINE void OF(softmax_beside)(const float *restrict x, size_t n, float *restrict out)
 {
     float best[LANES], sums[LANES] = {0}, most = x[0], sum = 0;
     const size_t whole = n / LANES * LANES;
@@ -49,6 +49,8 @@ TARGET INLINE void OF(softmax_beside)(const float *x, size_t n, float *out)
 TARGET static int OF(softmax)(const float *x, long outer, long n, long inner, float *out)
 {
     _Alignas(64) float best[COLUMNS], sums[COLUMNS];
+    if (n < 1)
+        return DONE;
     for (; outer-- > 0; x += n * inner, out += n * inner) {
         if (inner == 1) {
             OF(softmax_beside)(x, n, out);

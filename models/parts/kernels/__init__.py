@@ -55,10 +55,12 @@ class Set(ctypes.Structure):
 
 def known() -> Iterator[Any]:
     """The sets that this core knows, the best first; none where nothing of use was compiled."""
+    spec = find_spec(COMPILED)
+    if spec is None or spec.origin is None:
+        return
     try:
-        spec = find_spec(COMPILED)
-        library = ctypes.CDLL(spec.origin if spec and spec.origin else "")
-        if spec is None or ctypes.c_int.in_dll(library, "maskfleet_interface").value != INTERFACE:
+        library = ctypes.CDLL(spec.origin)
+        if ctypes.c_int.in_dll(library, "maskfleet_interface").value != INTERFACE:
             return
         give = library.maskfleet_set
     except (OSError, AttributeError, ValueError):  # of another kind of machine, cut short, too old

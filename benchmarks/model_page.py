@@ -39,7 +39,8 @@ FOOT = """
 `segment --inference.precision bf16` and `--inference.compile` are off by default, because they
 change some labels. {differ}. A trained model has few near ties; with random weights
 up to some per cent differ (benchmarks/RESULTS.md). Compiling takes tens of seconds for every new
-shape of picture; it pays in long runs over pictures of one size.
+shape of picture; it pays in long runs over pictures of one size, and never for `latent_attention`,
+whose folded form is the faster one.
 
 ## What they answer
 

@@ -26,12 +26,13 @@ TARGET static void OF(row)(const float *restrict above, const float *restrict be
     for (int k = 1; k < classes; k++) {
         const float *restrict a = above + (size_t)k * COLUMNS, *restrict b = below + (size_t)k * COLUMNS;
         float *restrict own = octaves + (size_t)k * COLUMNS;
-        for (int x = 0; x < COLUMNS; x++) {
-            float one = a[x] + share * (b[x] - a[x]);
-            int more = one > best[x];
-            own[x] = one;
-            index[x] = more ? k : index[x];
-            best[x] = more ? one : best[x];
+        /* By registers, for of a choice that may leave a value as it is gcc makes a masked store. */
+        for (int x = 0; x < COLUMNS; x += LANES) {
+            Floats one = AT(a + x) + share * (AT(b + x) - AT(a + x)), was = AT(best + x);
+            Ints more = one > was, at = *(const Ints *)(index + x);
+            *(Floats *)(own + x) = one;
+            *(Floats *)(best + x) = (Floats)((more & (Ints)one) | (~more & (Ints)was));
+            *(Ints *)(index + x) = (more & k) | (~more & at);
         }
     }
     for (int k = 0; k < classes; k++) {
@@ -43,18 +44,16 @@ TARGET static void OF(row)(const float *restrict above, const float *restrict be
         sure[x] = 1.0f / sure[x];
 }
 
-/* Adds a row to counts and sums: neighbours of one class are added up in a register. */
-TARGET INLINE void OF(count)(const int32_t *index, const float *sure, int n, int64_t *counts, double *sums)
+/* Adds a row to the first, second, .. of WAYS counts and sums by turns: neighbours, which are often of
+   one class, need not wait for each other. Class -1 counts in a place of its own behind the last. */
+#define WAYS 4
+TARGET INLINE void OF(count)(const int32_t *index, const float *sure, int n, int classes,
+                             int64_t *counts, double *sums)
 {
-    for (int x = 0, start; x < n;) {
-        const int32_t class = index[x];
-        double sum = 0;
-        for (start = x; x < n && index[x] == class; x++)
-            sum += sure[x];
-        if (class >= 0) {
-            counts[class] += x - start;
-            sums[class] += sum;
-        }
+    for (int x = 0; x < n; x++) {
+        const size_t place = (size_t)(x % WAYS) * (classes + 1) + (index[x] < 0 ? classes : index[x]);
+        counts[place]++;
+        sums[place] += sure[x];
     }
 }
 
@@ -91,12 +90,14 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
         }
 
     float *wide[2], *octaves = floats(3 * plane);
-    if (!octaves)
+    int64_t *counted = calloc((size_t)WAYS * (classes + 1), sizeof(*counted));
+    double *summed = calloc((size_t)WAYS * (classes + 1), sizeof(*summed));
+    if (!octaves || !counted || !summed) {
+        free(octaves), free(counted), free(summed);
         return NO_MEMORY;
+    }
     memset(octaves, 0, 3 * plane * sizeof(float));
     wide[0] = octaves + plane, wide[1] = octaves + 2 * plane;
-    memset(counts, 0, classes * sizeof(*counts));
-    memset(sums, 0, classes * sizeof(*sums));
     for (int x0 = 0; x0 < wanted; x0 += COLUMNS) {
         const int n = wanted - x0 < COLUMNS ? wanted - x0 : COLUMNS;
         int32_t there[2] = {-1, -1};
@@ -121,7 +122,7 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                 for (int x = 0; x < n; x++)
                     if (blank[at + x])
                         index[x] = -1, sure[x] = 0;
-            OF(count)(index, sure, n, counts, sums);
+            OF(count)(index, sure, n, classes, counted, summed);
             if (certainty)
                 for (int x = 0; x < n; x++)
                     certainty[at + x] = (uint8_t)rintf(sure[x] * 255);
@@ -138,6 +139,13 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                 memcpy((int32_t *)labels + at, index, n * sizeof(int32_t));
         }
     }
-    free(octaves);
+    for (int k = 0; k < classes; k++) {
+        counts[k] = 0, sums[k] = 0;
+        for (size_t i = k; i < (size_t)WAYS * (classes + 1); i += classes + 1)
+            counts[k] += counted[i], sums[k] += summed[i];
+    }
+    free(octaves), free(counted), free(summed);
     return DONE;
 }
+
+#undef WAYS

@@ -81,6 +81,7 @@ def faster(base: str, form: str, model: str, side: int = 512) -> float:
 
 @torch.inference_mode()
 def finishing() -> float:
+    keep_freed_memory()
     torch.set_num_threads(1)
     scores_Khw = torch.randn(11, 90, 120, generator=torch.Generator().manual_seed(0)) * 4
     about = scores_Khw, 0, (90, 120), (360, 480), (0, 360), 480, None, False

@@ -56,6 +56,7 @@ class Finisher:
         self._ids_K = torch.tensor(ids, device=device).to(self._kind)
         self._identity = ids == list(range(len(ids)))
         self._compiled = device.type == "cpu" and kernels.LIBRARY is not None
+        self._renaming_K = None if self._identity else torch.tensor(ids, dtype=torch.int32)
 
     def finished(
         self,
@@ -81,8 +82,8 @@ class Finisher:
             confidence: whether every pixel's is wanted.
         """
         if self._compiled:
-            ids_K = None if self._identity else self._ids_K.to(torch.int32)
-            rest = g0, cells, size, span, width, blank_1HW, ids_K, self.fill, self._kind
+            labels = self._renaming_K, self.fill, self._kind
+            rest = g0, cells, size, span, width, blank_1HW, *labels
             done = kernels.finish(scores_Khw, *rest, confidence=confidence)
             if done is not None:
                 return Finished(*done)

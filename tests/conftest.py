@@ -37,6 +37,24 @@ _s3_refused: str | None = None
 # -- lanes and environment -----------------------------------------------------------------------
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`instructions`: every set of instructions that C was compiled for and this core knows."""
+    if "instructions" in metafunc.fixturenames:
+        from models.parts import kernels  # torch: only for those who ask
+
+        sets = list(kernels.known())
+        ids = [f"{each.lanes} lanes" for each in sets] or ["none"]
+        metafunc.parametrize("instructions", sets or [None], ids=ids, indirect=True)
+
+
+@pytest.fixture
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes of `models.parts.kernels`, by one set of instructions after the other."""
+    if request.param is None:
+        pytest.skip("nothing was compiled: no C compiler when this was installed")
+    monkeypatch.setattr("models.parts.kernels.LIBRARY", request.param)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the slow lane whose folder it lies in: nobody can forget it."""
     for item in items:

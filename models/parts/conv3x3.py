@@ -38,8 +38,8 @@ def _transform() -> Tensor:
     return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-class Halved(nn.Module):
-    """A 3 x 3 convolution of stride 1 with a border of one zero, its 2 x 2 maximum, and ReLU."""
+class _Packed(nn.Module):
+    """A convolution's kernel, as its own way wants it, and bias as C reads them."""
 
     kernel_n: Tensor
     bias_F: Tensor
@@ -47,37 +47,37 @@ class Halved(nn.Module):
     @torch.no_grad()
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        _check(conv)
+        if not computed(conv):
+            raise ValueError(f"only 3 x 3, stride 1, padding 1, without groups: {conv}")
         self.features = conv.out_channels
-        weight_yxCF = conv.weight.detach().cpu().permute(2, 3, 1, 0)
-        packed = kernels.packed(weight_yxCF.flatten(0, 2)[None])
-        self.register_buffer("kernel_n", packed, persistent=False)
-        bias = kernels.packed_bias(conv.bias, self.features)
-        self.register_buffer("bias_F", bias, persistent=False)
+        kernel_n = kernels.packed(self._kernel(conv.weight.detach().cpu()))
+        self.register_buffer("kernel_n", kernel_n, persistent=False)
+        bias_F = kernels.packed_bias(conv.bias, self.features)
+        self.register_buffer("bias_F", bias_F, persistent=False)
+
+    def _kernel(self, weight_FCyx: Tensor) -> Tensor:
+        """kernel_NCF."""
+        raise NotImplementedError
+
+
+class Halved(_Packed):
+    """A 3 x 3 convolution of stride 1 with a border of one zero, its 2 x 2 maximum, and ReLU."""
+
+    def _kernel(self, weight_FCyx: Tensor) -> Tensor:
+        return weight_FCyx.permute(2, 3, 1, 0).flatten(0, 2)[None]
 
     def forward(self, x_HWC: Tensor, top: int, rows: int) -> Tensor:
         """Rows `top` to `top + rows` of the halved map, zeros beyond it: out_HWF."""
         return kernels.halved(x_HWC, self.kernel_n, self.bias_F, self.features, top, rows)
 
 
-class Winograd(nn.Module):
+class Winograd(_Packed):
     """A 3 x 3 convolution of stride 1 with a border of one zero."""
 
-    kernel_n: Tensor
-    bias_F: Tensor
-
-    @torch.no_grad()
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        _check(conv)
-        self.features = conv.out_channels
+    def _kernel(self, weight_FCyx: Tensor) -> Tensor:
         points_63 = _transform()
-        weight_FCyx = conv.weight.detach().cpu().double()
-        kernel_66CF = torch.einsum("py,fcyx,qx->pqcf", points_63, weight_FCyx, points_63)
-        packed = kernels.packed(kernel_66CF.flatten(0, 1))
-        self.register_buffer("kernel_n", packed, persistent=False)
-        bias = kernels.packed_bias(conv.bias, self.features)
-        self.register_buffer("bias_F", bias, persistent=False)
+        kernel_66CF = torch.einsum("py,fcyx,qx->pqcf", points_63, weight_FCyx.double(), points_63)
+        return kernel_66CF.flatten(0, 1)
 
     def forward(self, x_HWC: Tensor, top: int, rows: int, *, halve: bool = False) -> Tensor:
         """Rows `top` to `top + rows`, or the 2 x 2 maximum of them and ReLU: out_HWF.
@@ -99,7 +99,7 @@ def compiled(conv: nn.Conv2d) -> bool:
 
 
 def faster(conv: nn.Conv2d) -> nn.Module:
-    """The convolution, by this way on a CPU if that is the faster one.
+    """The convolution, by `Winograd` on a CPU if that is the faster way.
 
     Its weights then take five times the memory: other number types and torch.compile want the
     direct ones.
@@ -133,8 +133,3 @@ def computed(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
-
-
-def _check(conv: nn.Conv2d) -> None:
-    if not computed(conv):
-        raise ValueError(f"only 3 x 3, stride 1, padding 1, without groups: {conv}")

@@ -8,15 +8,7 @@ from torch.nn.functional import conv2d, max_pool2d, pad
 from models.parts import kernels
 from models.parts.conv3x3 import CHANNELS, ByTiles, Halved, Winograd, faster
 
-SETS = list(kernels.known())
 SHAPES = [(1, 2, 2, 1), (3, 4, 5, 24), (5, 17, 3, 7), (13, 30, 66, 64), (32, 90, 64, 40)]
-
-
-@pytest.fixture(params=SETS or [None], ids=[f"{each.lanes} lanes" for each in SETS] or ["none"])
-def instructions(request, monkeypatch):
-    if request.param is None:
-        pytest.skip("nothing was compiled: no C compiler when this was installed")
-    monkeypatch.setattr(kernels, "LIBRARY", request.param)
 
 
 def convolution(channels, features, bias=True):

@@ -7,16 +7,7 @@ from torch.nn.functional import interpolate
 from models.parts import kernels
 from pipeline.finishing import OCTAVE, Finisher, decided, heightened_each, widened_each
 
-SETS = list(kernels.known())
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=SETS or [None], ids=[f"{each.lanes} lanes" for each in SETS] or ["none"])
-def instructions(request, monkeypatch):
-    """Every set of instructions that is known here, in turn."""
-    if request.param is None:
-        pytest.skip("nothing was compiled: no C compiler when this was installed")
-    monkeypatch.setattr(kernels, "LIBRARY", request.param)
 
 
 def by_torch(ids, monkeypatch):

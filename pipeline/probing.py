@@ -32,12 +32,14 @@ def probing() -> Iterator[Callable[[tuple[bytes, bytes], SegmentConfig], Found]]
         process, ours = spoken_with(["pipeline.probing"], bound)
     except OSError as error:
         raise RunUnfinished(f"no process can be started to probe the model: {error}") from error
+    sending: list[threading.Thread] = []
 
     def found(bundle: tuple[bytes, bytes], config: SegmentConfig) -> Found:
         patience_s = config.compute.no_progress_s
         # By a thread: who is not read from waits, and the wait for an answer has an end.
         asked = (bundle, config.model_dump_json())
-        threading.Thread(target=_sent, args=(ours, asked), daemon=True).start()
+        sending.append(threading.Thread(target=_sent, args=(ours, asked), daemon=True))
+        sending[-1].start()
         try:
             if not ours.poll(patience_s):
                 raise RunUnfinished(
@@ -59,6 +61,8 @@ def probing() -> Iterator[Callable[[tuple[bytes, bytes], SegmentConfig], Found]]
     finally:
         process.kill()
         process.wait()
+        for thread in sending:  # it ends, for nobody is at the other end; a number that is closed
+            thread.join()  # under its hands may be somebody else's file by then
         ours.close()
 
 

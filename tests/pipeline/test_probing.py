@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -63,11 +64,13 @@ def test_a_process_that_ends_leaves_the_run_unfinished(tiny_bundle, processes):
 def test_a_process_that_is_silent_is_not_waited_for_longer_than_told(tiny_bundle, processes):
     card, weights = files_of(tiny_bundle)
     weights += b"0" * 10_000_000  # more than a channel holds
+    threads = threading.active_count()
     with probing() as found:
         os.kill(processes[0].pid, signal.SIGSTOP)
         with pytest.raises(RunUnfinished, match="not probed after 5 s"):
             found((card, weights), config(no_progress_s=5.0))
     assert processes[0].returncode == -signal.SIGKILL
+    assert threading.active_count() == threads  # none writes into a channel that is closed
 
 
 def test_it_ends_when_nobody_asks_any_more(processes):

@@ -18,6 +18,9 @@ from tests.pictures import blobs, encoded
 
 PARTS = 3  # of the longest test, each below pytest's time-out
 AT_ONCE = 2  # drivers side by side: as many as the smallest machine has cores
+RACED = 4
+"""Steps a run may have more or fewer: of its three fragments, two more may find `attempts` or
+`masks.zarr/mask/c` missing while the first makes it, and each of them syncs what it then made."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,10 @@ def test_killed_between_any_two_steps_of_any_write_it_resumes_to_the_same_run(
                 )
                 for f, line in zip(some, lines, strict=True)
             ]
-            assert {driver.wait() for driver in killed} == {-signal.SIGKILL}
+            for folder, driver in zip(some, killed, strict=True):
+                over = int(folder.name) > count - RACED  # it may have had fewer steps than that
+                codes = {-signal.SIGKILL, EXIT_REJECTIONS} if over else {-signal.SIGKILL}
+                assert driver.wait() in codes, (folder.name, count, driver.said)
             left = [runs.commits(folder / "run") for folder in some]
             resumed = [
                 stack.enter_context(runs.driver(line, folder / "log"))

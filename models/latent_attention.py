@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, pad, relu
 
+from models.parts import kernels
 from models.parts.about import About
 from models.parts.attention import Attention
 from models.parts.configs import ModelConfig, did_you_mean
@@ -560,6 +561,8 @@ class FoldedPlus(Segmenter):
     head_KD: Tensor
     narrow_KX: Tensor
     bias_K1: Tensor
+    lateral_CP: Tensor
+    lateral_P: Tensor
 
     @torch.no_grad()
     def __init__(self, plain: PlusSegmenter) -> None:
@@ -588,6 +591,8 @@ class FoldedPlus(Segmenter):
         head = _affine(asking.segmentation_head)
         narrow_KX, bias_K = linear_then_linear(_affine(asking.mlp.narrow), head)
         parts = {"head_KD": head[0], "narrow_KX": narrow_KX, "bias_K1": bias_K[:, None]}
+        fine = cast("CellwiseLinear", self.laterals[0]).linear
+        parts["lateral_CP"], parts["lateral_P"] = kernels.wide(fine.weight, fine.bias)
         for name, part in parts.items():
             self.register_buffer(name, part.clone(), persistent=False)
         self.eval().requires_grad_(requires_grad=False)
@@ -608,6 +613,8 @@ class FoldedPlus(Segmenter):
         ]
         if sizes_B2 is not None:
             said = [(edges_repeated(x, sizes_B2 // (4 * f)), f) for x, f in said]
+        if kernels.serves(fine_BFhw):
+            return self._compiled(fine_BFhw, said[0][0], said[1][0], experts)
         height, width = fine_BFhw.shape[-2:]
         strip = STRIP if x_BCHW.device.type == "cpu" else height
         logits = []
@@ -619,6 +626,15 @@ class FoldedPlus(Segmenter):
             logits_BKT = self._classified(pixels_BDhw.flatten(2).mT, experts)
             logits.append(logits_BKT.unflatten(2, (len(rows), width)))
         return torch.cat(logits, dim=2)
+
+    def _compiled(
+        self, fine_BFhw: Tensor, half: Tensor, quarter: Tensor, experts: tuple[Tensor, ...]
+    ) -> Tensor:
+        fine, *coarser = (x.permute(0, 2, 3, 1).contiguous() for x in (fine_BFhw, half, quarter))
+        cells = fine, self.lateral_CP, self.lateral_P, *coarser
+        asking = *experts, self.ask.bias_O, self.ask.heads
+        thinking = self.widen.weight, self.widen.bias, self.head_KD, self.narrow_KX, self.bias_K1
+        return kernels.classify(*cells, *asking, *thinking, self.pixel_norm.eps)
 
     def _classified(self, pixels_BTD: Tensor, experts: tuple[Tensor, ...]) -> Tensor:
         known_BTD = pixels_BTD + self.ask(self.pixel_norm(pixels_BTD), *experts)
@@ -648,14 +664,28 @@ class CellwiseLinear(nn.Module):
 class FoldedBlock(nn.Module):
     """A block without its norms."""
 
+    _FOR_C = ("window_9F", "window_F", "widen_FX", "widen_X", "narrow_XF", "narrow_F")
+
     def __init__(self, plain: Block) -> None:
         super().__init__()
         self.window = plain.window.fused()
         self.widen = CellwiseLinear(plain.widen.fused())
         self.narrow = CellwiseLinear(plain.narrow.fused())
+        parts = (
+            self.window.weight[:, 0].permute(1, 2, 0).flatten(0, 1).contiguous(),
+            cast("Tensor", self.window.bias),
+            *kernels.wide(self.widen.linear.weight, self.widen.linear.bias),
+            *kernels.wide(self.narrow.linear.weight, self.narrow.linear.bias),
+        )
+        for name, part in zip(self._FOR_C, parts, strict=True):
+            self.register_buffer(name, part.detach(), persistent=False)
 
     def forward(self, x_BFhw: Tensor) -> Tensor:
         """See `Block`."""
+        if kernels.serves(x_BFhw):
+            x_BhwF = x_BFhw.permute(0, 2, 3, 1).contiguous()
+            parts = (getattr(self, name) for name in self._FOR_C)
+            return kernels.block(x_BhwF, self.window.dilation[0], *parts).permute(0, 3, 1, 2)
         change_BFhw = self.narrow(relu(self.widen(self.window(x_BFhw)), inplace=True))
         return change_BFhw.add_(x_BFhw)
 

@@ -24,39 +24,140 @@ def test_they_are_compiled():
     assert sets
 
 
+def draws(*shape: int, spread: float = 1.0) -> torch.Tensor:
+    seed = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=seed) * spread
+
+
+TOKENS = [(1, 1, 8), (1, 257, 64), (2, 600, 20), (3, 31, 32), (1, 1000, 3)]
+"""Batch, tokens, features: one alone, more than a block, no multiple of anything, a whole panel."""
+
+
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize(
-    ("shape", "dim"),
-    [((2, 5, 10_801), -1), ((2, 16, 300), 1), ((1, 7), 1), ((4, 1, 3), 1), ((3, 2, 5, 129), 2)],
-)
+@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 1000.0])
 @torch.inference_mode()
-def test_a_softmax_is_torchs(shape, dim, spread):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spread
+def test_queries_read_as_by_torch(shape, rows, spread):
+    x_BTF, query_PF = draws(*shape), draws(rows, shape[2], spread=spread)
 
-    found = kernels.softmax(x, dim)
+    found = kernels.read(x_BTF, query_PF)
 
-    # 2^x of x / ln 2, whose rounding grows with x
-    torch.testing.assert_close(found, x.softmax(dim), rtol=1e-5 + 1e-7 * spread, atol=1e-30)
+    scores_BPT = query_PF @ x_BTF.mT
+    # 2^x of x / ln 2, whose rounding grows with x, which is rounded itself
+    close = {"rtol": 1e-5 + 2e-6 * spread, "atol": 1e-6 + 2e-6 * spread}
+    torch.testing.assert_close(found, scores_BPT.softmax(2) @ x_BTF, **close)
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize(("shape", "dim"), [((1, 40), 1), ((1, 5, 40), 1), ((2, 0), 1)])
-@pytest.mark.parametrize("place", [0, 4, 21, 39])
+@pytest.mark.parametrize("ascending", [True, False])
 @torch.inference_mode()
-def test_a_softmax_hides_nothing_that_is_no_number(shape, dim, place):
-    x = torch.zeros(shape)
-    x[..., place : place + 1] = torch.nan
+def test_reading_minds_a_greater_score_that_comes_late(ascending):
+    x_1TF = torch.linspace(-300, 300, 2000).sort(descending=not ascending).values[None, :, None]
 
-    assert torch.equal(kernels.softmax(x, dim).isnan(), x.softmax(dim).isnan())
+    found = kernels.read(x_1TF.contiguous(), torch.ones(1, 1))
+
+    torch.testing.assert_close(found, x_1TF.softmax(1).mT @ x_1TF, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("place", [0, 100, 255, 256, 299])
+@torch.inference_mode()
+def test_reading_and_asking_hide_nothing_that_is_no_number(place):
+    x_BTF = torch.ones(1, 300, 4)
+    x_BTF[0, place, 2] = torch.nan
+    asking = draws(1, 6, 4), draws(1, 6, 1), draws(1, 3, 6), draws(3), 2
+
+    assert kernels.read(x_BTF, torch.ones(2, 4)).isnan().all()
+    hidden_T = kernels.ask(x_BTF, *asking)[0].isnan()
+    assert hidden_T[:, place].all()
+    assert hidden_T.sum() == 3
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("shape", TOKENS)
+@pytest.mark.parametrize(("heads", "experts", "outputs"), [(1, 1, 1), (4, 16, 11), (2, 5, 150)])
+@torch.inference_mode()
+def test_tokens_ask_as_by_torch(shape, heads, experts, outputs):
+    batch, _, features = shape
+    rows, x_BTF = heads * experts, draws(*shape)
+    score_BPF, score_BP1 = draws(batch, rows, features), draws(batch, rows, 1)
+    answer_BOP, bias_O = draws(batch, outputs, rows), draws(outputs)
+
+    found = kernels.ask(x_BTF, score_BPF, score_BP1, answer_BOP, bias_O, heads)
+
+    scores_BPT = score_BPF @ x_BTF.mT + score_BP1
+    shares_BPT = scores_BPT.unflatten(1, (heads, -1)).softmax(2).flatten(1, 2)
+    told_BOT = answer_BOP @ shares_BPT + bias_O[:, None]
+    torch.testing.assert_close(found, told_BOT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("size", ["xs", "s", "m"])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (48, 208), (112, 64)])
+@torch.inference_mode()
+def test_the_shipped_net_is_torchs(size, height, width, monkeypatch):
+    torch.manual_seed(0)
+    model = models.build("latent_attention", variant="plus", size=size, classes=3).eval()
+    x_BCHW = draws(2, 3, height, width)
+    folded = model.folded()
+
+    found = folded(x_BCHW)
+    monkeypatch.setattr(kernels, "LIBRARY", None)
+
+    torch.testing.assert_close(found, folded(x_BCHW), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("spread", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 16, 20, 96])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (9, 40)])
+@torch.inference_mode()
+def test_a_block_is_torchs(channels, spread, height, width):
+    inside, conv2d = 2 * channels, torch.nn.functional.conv2d
+    x_BCHW = draws(2, channels, height, width)
+    window_C1yx, widen_XC, narrow_CX = (
+        draws(channels, 1, 3, 3), draws(inside, channels), draws(channels, inside)
+    )  # fmt: skip
+    biases = draws(channels), draws(inside), draws(channels)
+
+    found = kernels.block(
+        x_BCHW.permute(0, 2, 3, 1).contiguous(),
+        spread,
+        window_C1yx[:, 0].permute(1, 2, 0).reshape(9, channels).contiguous(),
+        biases[0],
+        *kernels.wide(widen_XC, biases[1]),
+        *kernels.wide(narrow_CX, biases[2]),
+    )
+
+    about = {"padding": spread, "dilation": spread, "groups": channels}
+    seen_BHWC = conv2d(x_BCHW, window_C1yx, biases[0], **about).permute(0, 2, 3, 1)
+    thought_BHWX = torch.relu(seen_BHWC @ widen_XC.mT + biases[1])
+    wanted = x_BCHW.permute(0, 2, 3, 1) + thought_BHWX @ narrow_CX.mT + biases[2]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("instructions")
+@torch.inference_mode()
+def test_a_block_hides_nothing_that_is_no_number():
+    x_BHWC = torch.zeros(1, 6, 6, 4)
+    x_BHWC[0, 2, 3, 1] = torch.nan
+    layers = kernels.wide(torch.ones(4, 4), torch.zeros(4))
+
+    found = kernels.block(x_BHWC, 1, torch.ones(9, 4), torch.zeros(4), *layers, *layers)
+
+    assert found[0, 1:4, 2:5].isnan().all()
+    assert found.isnan().sum() == 9 * 4
 
 
 @torch.inference_mode()
-def test_a_softmax_of_other_kinds_of_numbers_is_torchs_own():
+def test_other_kinds_of_numbers_and_those_to_learn_from_stay_with_torch():
     x = torch.randn(3, 9)
-    for other in (x.double(), x.bfloat16()):
-        assert torch.equal(kernels.softmax(other, 1), other.softmax(1))
-    assert torch.equal(kernels.softmax(x[:, ::2], 1), kernels.softmax(x[:, ::2].contiguous(), 1))
+    assert kernels.serves(x) == (kernels.LIBRARY is not None)
+    assert not kernels.serves(x.double())
+    assert not kernels.serves(x.bfloat16())
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        assert not kernels.serves(x)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -135,7 +236,7 @@ def test_rows_of_a_picture_that_was_turned_without_a_copy_are_read_as_they_stand
 def test_kernels_and_maps_that_c_would_misread_are_refused():
     conv = Winograd(torch.nn.Conv2d(16, 8, 3, padding=1))
     x_HWC = torch.randn(8, 8, 16)
-    with pytest.raises(ValueError, match="the map of a convolution in C must be 1024 float32"):
+    with pytest.raises(ValueError, match="for C the map must be 1024 float32"):
         conv(x_HWC.double(), 0, 8)
     with pytest.raises(ValueError, match="the map"):
         conv(x_HWC.transpose(0, 1), 0, 8)

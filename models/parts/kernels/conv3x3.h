@@ -98,32 +98,6 @@ TARGET INLINE void OF(unmixed)(const Floats m[6], Floats out[4])
     out[3] = NEAR2 * NEAR * near_less + FAR2 * FAR * far_less + m[5];
 }
 
-/* ROWS tiles times channels, by a panel of features; `more` adds to what is there. */
-TARGET INLINE void OF(product)(const float *v, int of_tile, int channels, const float *panel,
-                               int more, float *m, int of_out)
-{
-    Floats sums[ROWS][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-        sums[i][0] = more ? AT(m + (size_t)i * of_out) : (Floats){0};
-        sums[i][1] = more ? AT(m + (size_t)i * of_out + LANES) : (Floats){0};
-    }
-    for (int c = 0; c < channels; c++, panel += PANEL) {
-        Floats k0 = AT(panel), k1 = AT(panel + LANES);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            float value = v[(size_t)i * of_tile + c];
-            sums[i][0] += value * k0;
-            sums[i][1] += value * k1;
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-        *(Floats *)(m + (size_t)i * of_out) = sums[i][0];
-        *(Floats *)(m + (size_t)i * of_out + LANES) = sums[i][1];
-    }
-}
-
 #define AT_ONCE (1 << 20) /* bytes of tiles and their products, or a little more (1/4 to 2 MB: alike) */
 #define LEAST 48 /* tiles at least, for which all of a kernel is read once */
 #define DEEP 256 /* channels of a panel that stay in the innermost cache */
@@ -145,8 +119,7 @@ TARGET static int OF(winograd)(const float *x, int height, int width, int channe
     if (!planes)
         return NO_MEMORY;
     float *nothing = planes + 6 * of_plane, *v = nothing + of_plane, *m = v + 36 * of_v;
-    /* zeros beyond the map; and in tiles that only fill up ROWS anything that is a number */
-    memset(nothing, 0, (of_plane + 36 * of_v) * sizeof(float));
+    memset(nothing, 0, of_plane * sizeof(float)); /* beyond the map */
 
     for (int group = 0; side * group < out_rows; group++)
         for (int t0 = 0; t0 < tiles; t0 += (int)each) {
@@ -177,9 +150,8 @@ TARGET static int OF(winograd)(const float *x, int height, int width, int channe
                     for (int f = 0; f < padded; f += PANEL) {
                         const float *panel = kernel + ((size_t)p * padded + f) * channels + c * PANEL;
                         int deep = channels - c < DEEP ? channels - c : DEEP;
-                        for (int t = 0; t < n; t += ROWS)
-                            OF(product)(v + p * of_v + (size_t)t * channels + c, channels, deep,
-                                        panel, c > 0, m + p * of_m + (size_t)t * padded + f, padded);
+                        OF(products)(v + p * of_v + c, channels, n, deep, panel, PANEL, c > 0,
+                                     m + p * of_m + f, padded);
                     }
             for (int t = 0; t < n; t++)
                 for (int f = 0; f < features; f += LANES) {

@@ -3,15 +3,7 @@
    Bilinear, half-pixel centres, as torch's interpolate(align_corners=False): rows are widened once
    for all pixel rows between them, and of no more columns at a time than stay in a cache. */
 
-/* Where a pixel lies between two of n cells that are stretched over `length` pixels. */
-TARGET INLINE void OF(between)(int pixel, int n, int length, int32_t *before, int32_t *after, float *share)
-{
-    double at = (pixel + 0.5) * n / length - 0.5;
-    at = at < 0 ? 0 : at;
-    *before = (int32_t)at < n - 1 ? (int32_t)at : n - 1;
-    *after = *before + 1 < n ? *before + 1 : n - 1;
-    *share = (float)(at - *before);
-}
+#define COLUMNS 128
 
 /* One row of pixels between two widened rows: who wins, and its softmax. Ties go to the first. */
 TARGET static void OF(row)(const float *restrict above, const float *restrict below, int classes,
@@ -37,8 +29,8 @@ TARGET static void OF(row)(const float *restrict above, const float *restrict be
     }
     for (int k = 0; k < classes; k++) {
         const float *restrict own = octaves + (size_t)k * COLUMNS;
-        for (int x = 0; x < COLUMNS; x++)
-            sure[x] += OF(exp2_of)(own[x] - best[x]);
+        for (int x = 0; x < COLUMNS; x += LANES)
+            *(Floats *)(sure + x) += OF(exp2_of)(AT(own + x) - AT(best + x));
     }
     for (int x = 0; x < COLUMNS; x++)
         sure[x] = 1.0f / sure[x];
@@ -149,3 +141,4 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
 }
 
 #undef WAYS
+#undef COLUMNS

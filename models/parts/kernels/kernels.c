@@ -11,18 +11,53 @@
 #include <string.h>
 
 /* Raised whenever something below takes or gives something else; __init__.py asks for it. */
-const int maskfleet_interface = 1;
+const int maskfleet_interface = 2;
 
 typedef int halved_t(const float *x, int height, int width, int channels, const float *kernel,
                      const float *bias, int features, int top, int rows, float *out);
 typedef int winograd_t(const float *x, int height, int width, int channels, const float *kernel,
                        const float *bias, int features, int top, int rows, int halve, float *out);
+
+/* A window of each channel's own, and two layers: rows of inputs, outputs up to a multiple of PANEL. */
+struct block {
+    const float *window, *window_bias; /* [9][channels] */
+    const float *widen, *widen_bias, *narrow, *narrow_bias; /* [channels][inside], [inside][channels] */
+};
+
+typedef int block_t(const float *x, int height, int width, int channels, int spread,
+                    const struct block *own, int inside, float *out);
+
+/* Tokens that ask experts: their scores, and the answers that shares of experts add up to. */
+struct asking {
+    const float *score, *score_bias; /* [heads * experts][features] */
+    const float *answer, *answer_bias; /* [outputs][heads * experts] */
+};
+
+/* A map and what it says through a layer, and what two coarser ones have said. */
+struct maps {
+    const float *fine, *lateral, *bias; /* [h][w][own], [own][features up to PANEL], that many */
+    const float *half, *quarter; /* [h/2][w/2][features], [h/4][w/4][features] */
+};
+
+/* What follows in the shipped net: a layer, ReLU, and the classes of what was known and thought. */
+struct thinking {
+    const float *widen, *widen_bias; /* [thoughts][features] */
+    const float *head, *narrow, *bias; /* [classes][features], [classes][thoughts] */
+};
+
+typedef int read_t(const float *x, long tokens, int features, const float *query, int rows,
+                   float *out);
+typedef int ask_t(const float *x, long tokens, int features, const struct asking *ask, int heads,
+                  int experts, int outputs, float *out);
+typedef int classify_t(const struct maps *maps, int height, int width, int own, int features,
+                       const struct asking *ask, int heads, int experts,
+                       const struct thinking *think, int thoughts, int classes, float epsilon,
+                       float *out);
+
 typedef int finish_t(const float *scores, int classes, long of_class, long of_row, int g0, int h,
                      int w, int height, int width, int y0, int y1, int wanted, const uint8_t *blank,
                      const int32_t *ids, int fill, int bytes, void *labels, uint8_t *certainty,
                      int64_t *counts, double *sums);
-
-typedef int softmax_t(const float *x, long outer, long n, long inner, float *out);
 typedef int feed_t(const uint8_t *values, long of_row, int rows, long n, const float *scale,
                    const float *shift, float *out, long of_out);
 
@@ -31,7 +66,10 @@ struct set {
     feed_t *feed;
     halved_t *halved;
     winograd_t *winograd;
-    softmax_t *softmax;
+    block_t *block;
+    read_t *read;
+    ask_t *ask;
+    classify_t *classify;
     finish_t *finish;
 };
 
@@ -52,23 +90,36 @@ static size_t up_to(size_t n, size_t multiple)
     return (n + multiple - 1) / multiple * multiple;
 }
 
-/* LANES: floats of a register. ROWS: twice as many sums stay in registers, beside their terms. */
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
+/* LANES: floats of a register. ROWS: twice as many sums stay in registers, beside their terms. LOWER
+   and UPPER: the values of two registers in turn, of their lower and upper halves. */
 #if defined(__x86_64__)
 #define SET avx512
 #define LANES 16
 #define ROWS 12
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "set.h"
 
 #define SET avx2
 #define LANES 8
 #define ROWS 6
+#define LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER 4, 12, 5, 13, 6, 14, 7, 15
 #define TARGET __attribute__((target("avx2,fma")))
 #include "set.h"
 #endif
 
 #define SET plain
 #define LANES 4
+#define LOWER 0, 4, 1, 5
+#define UPPER 2, 6, 3, 7
 #if defined(__aarch64__)
 #define ROWS 8
 #else

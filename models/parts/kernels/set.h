@@ -14,22 +14,53 @@ TARGET INLINE Floats OF(greater)(Floats a, Floats b)
     return (Floats)((more & (Ints)a) | (~more & (Ints)b));
 }
 
+#define OCTAVE 1.44269504f /* 1 / ln 2: of values times this, 2^x is what e^x was */
+
+/* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), the exponent by
+   adding to the bits of a float. Below 2^-126 it stays there; what is no number stays so. */
+TARGET INLINE Floats OF(exp2_of)(Floats x)
+{
+    const Floats shift = (Floats){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    const Floats least = (Floats){0} - 126.0f;
+    const Ints below = x < least, number = x == x;
+    Floats near = (Floats)((below & (Ints)least) | (~below & (Ints)x));
+    Floats whole = near + shift, rest = near - (whole - shift);
+    Floats value = 1.0f + rest * (0.69314718f + rest * (0.24022651f + rest * (0.055504109f
+        + rest * (0.0096181291f + rest * (0.0013333558f + rest * 0.00015403530f)))));
+    Ints bits = (Ints)value + ((Ints)whole << 23);
+    return (Floats)((number & bits) | (~number & (Ints)x));
+}
+
+/* Where a pixel lies between two of n cells that are stretched over `length` pixels. */
+TARGET INLINE void OF(between)(int pixel, int n, int length, int32_t *before, int32_t *after, float *share)
+{
+    double at = (pixel + 0.5) * n / length - 0.5;
+    at = at < 0 ? 0 : at;
+    *before = (int32_t)at < n - 1 ? (int32_t)at : n - 1;
+    *after = *before + 1 < n ? *before + 1 : n - 1;
+    *share = (float)(at - *before);
+}
+
+#include "product.h"
 #include "feed.h"
 #include "conv3x3.h"
-#include "softmax.h"
+#include "block.h"
+#include "tokens.h"
 #include "finish.h"
 
 static const struct set OF(set) = {
-    LANES, OF(feed), OF(halved), OF(winograd), OF(softmax), OF(finish),
+    LANES, OF(feed), OF(halved), OF(winograd), OF(block), OF(read), OF(ask), OF(classify),
+    OF(finish),
 };
 
 #undef Floats
 #undef Ints
 #undef PANEL
 #undef AT
-#undef COLUMNS
 #undef OCTAVE
 #undef SET
 #undef LANES
 #undef ROWS
+#undef LOWER
+#undef UPPER
 #undef TARGET

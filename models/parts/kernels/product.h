@@ -1,0 +1,44 @@
+/* Products of matrices small enough for a core's caches. */
+
+/* `rows` rows of v, at most ROWS, times a panel of `deep` rows of PANEL values; `more` adds to what
+   is there. The number of rows is a constant where this is called, so that sums are registers. */
+TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int deep,
+                               const float *panel, int of_panel, int more, float *m, int of_m)
+{
+    Floats sums[ROWS][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        sums[i][0] = more ? AT(m + (size_t)i * of_m) : (Floats){0};
+        sums[i][1] = more ? AT(m + (size_t)i * of_m + LANES) : (Floats){0};
+    }
+    for (int c = 0; c < deep; c++, panel += of_panel) {
+        Floats p0 = AT(panel), p1 = AT(panel + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            float value = v[(size_t)i * of_v + c];
+            sums[i][0] += value * p0;
+            sums[i][1] += value * p1;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        *(Floats *)(m + (size_t)i * of_m) = sums[i][0];
+        *(Floats *)(m + (size_t)i * of_m + LANES) = sums[i][1];
+    }
+}
+
+/* The same for any number of rows. */
+TARGET static void OF(products)(const float *v, int of_v, int rows, int deep, const float *panel,
+                                int of_panel, int more, float *m, int of_m)
+{
+    int i = 0;
+#define SOME(n)                                                                                    \
+    for (; i + n <= rows; i += n)                                                                  \
+        OF(product)(n, v + (size_t)i * of_v, of_v, deep, panel, of_panel, more,                    \
+                    m + (size_t)i * of_m, of_m)
+    SOME(ROWS);
+    SOME(4);
+    SOME(2);
+    SOME(1);
+#undef SOME
+}

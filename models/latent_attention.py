@@ -35,7 +35,7 @@ from models.parts import kernels
 from models.parts.about import About
 from models.parts.attention import Attention
 from models.parts.configs import ModelConfig, did_you_mean
-from models.parts.conv3x3 import Halved, Winograd, compiled
+from models.parts.conv3x3 import HalvedTwice, compiled
 from models.parts.folded_experts import FoldedAsking, FoldedReading
 from models.parts.folding import (
     as_linear,
@@ -332,33 +332,20 @@ class FoldedStem(Stem):
         nn.Module.__init__(self)  # not Stem's: its convolutions are those of the plain one
         self.conv1, self.conv2 = plain.conv1, plain.conv2
         both = compiled(plain.conv1) and compiled(plain.conv2)
-        self.first = Halved(plain.conv1) if both else None
-        self.second = Winograd(plain.conv2) if both else None
+        self.both = HalvedTwice(plain.conv1, plain.conv2) if both else None
 
     def forward(self, x_BCHW: Tensor, sizes_B2: Tensor | None) -> Tensor:
         """See `Stem.forward`."""
         if not pays(x_BCHW) or sizes_B2 is not None or not len(x_BCHW):
             return super().forward(x_BCHW, sizes_B2)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        if self.first is not None and self.second is not None and x_BCHW.dtype == torch.float32:
-            return self._compiled(x_BCHW, self.first, self.second)
+        if self.both is not None and x_BCHW.dtype == torch.float32:
+            return self.both(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for conv in (self.conv1, self.conv2):
             batch, _, height, width = x_BCHW.shape
             out_BhwF = x_BCHW.new_empty(batch, height // 2, width // 2, conv.out_channels)
             x_BCHW = _halved(conv, x_BCHW, out_BhwF).permute(0, 3, 1, 2)
         return x_BCHW
-
-    def _compiled(self, x_BCHW: Tensor, first: Halved, second: Winograd) -> Tensor:
-        batch, _, height, width = x_BCHW.shape
-        h, w = height // 4, width // 4
-        out_BhwF = x_BCHW.new_empty(batch, h, w, second.features)
-        pair = 4 * (width // 2) * first.features * x_BCHW.element_size()  # four rows of the first
-        for x_HWC, out_hwF in zip(x_BCHW.permute(0, 2, 3, 1), out_BhwF, strict=True):
-            for start, stop in spans(-(-h // 2), STEM_STRIP // pair):
-                top, end = 2 * start, min(2 * stop, h)
-                near_HWF = first(x_HWC, 2 * top - 1, 2 * (end - top) + 2)
-                out_hwF[top:end] = second(near_HWF, 1, 2 * (end - top), halve=True)
-        return out_BhwF.permute(0, 3, 1, 2)
 
 
 def _halved(conv: nn.Conv2d, x_BCHW: Tensor, out_BhwF: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """3 x 3 convolutions for CPUs, in C (models/parts/kernels); where that is not compiled, torch's.
 
-`Halved` is for a picture's few channels: with the 2 x 2 maximum and ReLU behind it in one pass.
-`Winograd` is for many channels: minimal filtering F(4 x 4, 3 x 3), as in Lavin and Gray 2016 (arXiv
+`HalvedTwice` is how a stem may begin: from a picture's few channels to many, at a quarter of its
+side, in one pass. `Winograd` is for many channels: minimal filtering F(4 x 4, 3 x 3), as in Lavin and Gray 2016 (arXiv
 1509.09308), 16 outputs from 36 inputs by 36 multiplications instead of 144. It rounds otherwise
 than the direct sum, but by as little: some 1e-6 of the largest value.
 
@@ -60,15 +60,9 @@ class _Packed(nn.Module):
         raise NotImplementedError
 
 
-class Halved(_Packed):
-    """A 3 x 3 convolution of stride 1 with a border of one zero, its 2 x 2 maximum, and ReLU."""
-
+class _Direct(_Packed):
     def _kernel(self, weight_FCyx: Tensor) -> Tensor:
         return weight_FCyx.permute(2, 3, 1, 0).flatten(0, 2)[None]
-
-    def forward(self, x_HWC: Tensor, top: int, rows: int) -> Tensor:
-        """Rows `top` to `top + rows` of the halved map, zeros beyond it: out_HWF."""
-        return kernels.halved(x_HWC, self.kernel_n, self.bias_F, self.features, top, rows)
 
 
 class Winograd(_Packed):
@@ -79,17 +73,31 @@ class Winograd(_Packed):
         kernel_66CF = torch.einsum("py,fcyx,qx->pqcf", points_63, weight_FCyx.double(), points_63)
         return kernel_66CF.flatten(0, 1)
 
-    def forward(self, x_HWC: Tensor, top: int, rows: int, *, halve: bool = False) -> Tensor:
-        """Rows `top` to `top + rows`, or the 2 x 2 maximum of them and ReLU: out_HWF.
+    def forward(self, x_HWC: Tensor, *, halve: bool = False) -> Tensor:
+        """out_HWF of a contiguous map, or its 2 x 2 maximum and ReLU: out_hwF."""
+        return kernels.winograd(x_HWC, self.kernel_n, self.bias_F, self.features, halve)
 
-        Args:
-            x_HWC: a map, or rows of one with those above and below; contiguous.
-            top: the first row of outputs.
-            rows: of outputs, before they are halved.
-            halve: whether the maximum is wanted.
-        """
-        about = self.kernel_n, self.bias_F, self.features
-        return kernels.winograd(x_HWC, *about, top, rows, halve)
+
+class HalvedTwice(nn.Module):
+    """Two such convolutions, each followed by its 2 x 2 maximum and ReLU.
+
+    The first is summed up directly, four neighbours at a time; the second is `Winograd`. Of what
+    lies between there are never more than six rows.
+    """
+
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d) -> None:
+        super().__init__()
+        self.first, self.second = _Direct(first), Winograd(second)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """out_BhwF of contiguous maps."""
+        about = [
+            part
+            for each in (self.first, self.second)
+            for part in (each.kernel_n, each.bias_F, each.features)
+        ]
+        items = [kernels.halved_twice(x_HWC, *about) for x_HWC in x_BHWC]
+        return items[0][None] if len(items) == 1 else torch.stack(items)
 
 
 def compiled(conv: nn.Conv2d) -> bool:
@@ -120,7 +128,7 @@ class ByTiles(nn.Module):
         if not pays(x_BCHW) or x_BCHW.dtype != torch.float32:
             return self.conv(x_BCHW)
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
-        items = [self.by_tiles(x_HWC, 0, len(x_HWC)) for x_HWC in x_BHWC]
+        items = [self.by_tiles(x_HWC) for x_HWC in x_BHWC]
         out_BHWF = items[0][None] if len(items) == 1 else torch.stack(items)
         return out_BHWF.permute(0, 3, 1, 2)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, max_pool2d, pad
+from torch.nn.functional import conv2d, max_pool2d
 
 from models.parts import kernels
-from models.parts.conv3x3 import CHANNELS, ByTiles, Halved, Winograd, faster
+from models.parts.conv3x3 import CHANNELS, ByTiles, HalvedTwice, Winograd, faster
 
 SHAPES = [(1, 2, 2, 1), (3, 4, 5, 24), (5, 17, 3, 7), (13, 30, 66, 64), (32, 90, 64, 40)]
 
@@ -37,8 +37,8 @@ def test_winograds_way_is_the_convolution_up_to_rounding(channels, height, width
     conv = convolution(channels, features, bias)
     x_HWC = torch.randn(height, width, channels)
 
-    whole_HWF = Winograd(conv)(x_HWC, 0, height)
-    halved_HWF = Winograd(conv)(x_HWC, 0, height, halve=True)
+    whole_HWF = Winograd(conv)(x_HWC)
+    halved_HWF = Winograd(conv)(x_HWC, halve=True)
 
     exact_1FHW = exact(conv, x_HWC)
     torch.testing.assert_close(whole_HWF, rows_of(exact_1FHW), rtol=0, atol=5e-6)
@@ -46,42 +46,36 @@ def test_winograds_way_is_the_convolution_up_to_rounding(channels, height, width
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize(("channels", "height", "width", "features"), SHAPES)
-def test_few_channels_are_convolved_halved_and_cut_off_at_zero(channels, height, width, features):
-    conv = convolution(channels, features)
-    x_HWC = torch.randn(height, width, channels)
+@pytest.mark.parametrize("between", [1, 32, 40])
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "features"),
+    [(1, 4, 4, 1), (3, 5, 31, 16), (4, 6, 20, 7), (3, 7, 12, 40), (3, 75, 266, 64)],
+)
+def test_two_convolutions_are_each_halved_and_cut_off_at_zero(
+    channels, height, width, features, between
+):
+    first, second = convolution(channels, between), convolution(between, features)
+    x_BHWC = torch.randn(2, height, width, channels)
 
-    found_HWF = Halved(conv)(x_HWC, 0, height // 2)
+    found_BhwF = HalvedTwice(first, second)(x_BHWC)
 
-    expected_HWF = rows_of(halved(exact(conv, x_HWC)))
-    torch.testing.assert_close(found_HWF, expected_HWF, rtol=0, atol=5e-6)
-
-
-@pytest.mark.usefixtures("instructions")
-def test_any_rows_can_be_had_and_beyond_the_map_lie_zeros():
-    conv = convolution(16, 24)
-    x_HWC = torch.randn(22, 19, 16)
-
-    halves_HWF, whole_HWF = Halved(conv)(x_HWC, -2, 15), Winograd(conv)(x_HWC, -2, 26)
-
-    around_HWF = pad(halves_HWF[2:13], (0, 0, 0, 0, 2, 2))
-    assert torch.equal(halves_HWF, around_HWF)
-    assert torch.equal(halves_HWF[5:9], Halved(conv)(x_HWC, 3, 4))
-    bordered_HWC = pad(x_HWC, (0, 0, 0, 0, 2, 2))
-    torch.testing.assert_close(whole_HWF, rows_of(exact(conv, bordered_HWC)), rtol=0, atol=5e-6)
+    for x_HWC, found_hwF in zip(x_BHWC, found_BhwF, strict=True):
+        between_HWF = rows_of(halved(exact(first, x_HWC)))
+        expected_hwF = rows_of(halved(exact(second, between_HWF)))
+        torch.testing.assert_close(found_hwF, expected_hwF, rtol=0, atol=5e-6)
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("place", [(0, 0), (9, 10), (21, 18)])
+@pytest.mark.parametrize("place", [(0, 0), (9, 10), (23, 18)])
 def test_what_is_no_number_is_not_hidden_by_a_maximum(place):
-    conv = convolution(3, 24)
-    x_HWC = torch.randn(22, 19, 3)
+    conv, then = convolution(3, 24), convolution(24, 8)
+    x_HWC = torch.randn(24, 20, 3)
     x_HWC[place] = torch.nan
 
     for found_HWF in (
-        Halved(conv)(x_HWC, 0, 11),
-        Winograd(conv)(x_HWC, 0, 22, halve=True),
-        Winograd(conv)(x_HWC, 0, 22),
+        HalvedTwice(conv, then)(x_HWC[None]),
+        Winograd(conv)(x_HWC, halve=True),
+        Winograd(conv)(x_HWC),
     ):
         assert found_HWF.isnan().any()
         assert not found_HWF.isnan().all()
@@ -112,7 +106,6 @@ def test_few_channels_and_other_shapes_stay_what_they_are(monkeypatch):
     assert faster(many) is many
 
 
-@pytest.mark.parametrize("kind", [Halved, Winograd])
 @pytest.mark.parametrize(
     "about",
     [
@@ -124,6 +117,6 @@ def test_few_channels_and_other_shapes_stay_what_they_are(monkeypatch):
         {"padding_mode": "reflect"},
     ],
 )
-def test_other_convolutions_are_refused(about, kind):
+def test_other_convolutions_are_refused(about):
     with pytest.raises(ValueError, match="only 3 x 3, stride 1, padding 1, without groups"):
-        kind(nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, **about}))
+        Winograd(nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, **about}))

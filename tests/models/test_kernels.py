@@ -187,7 +187,7 @@ def test_without_a_compiler_the_same_answers_come_from_torch(name, monkeypatch):
     monkeypatch.setattr(kernels, "LIBRARY", None)
     folded = model.folded()
 
-    assert not any(type(part).__name__ in {"Winograd", "Halved"} for part in folded.modules())
+    assert not any(type(part).__name__ in {"Winograd", "HalvedTwice"} for part in folded.modules())
     torch.testing.assert_close(compiled, folded(x_BCHW), rtol=1e-4, atol=1e-4)
 
 
@@ -237,13 +237,13 @@ def test_kernels_and_maps_that_c_would_misread_are_refused():
     conv = Winograd(torch.nn.Conv2d(16, 8, 3, padding=1))
     x_HWC = torch.randn(8, 8, 16)
     with pytest.raises(ValueError, match="for C the map must be 1024 float32"):
-        conv(x_HWC.double(), 0, 8)
+        conv(x_HWC.double())
     with pytest.raises(ValueError, match="the map"):
-        conv(x_HWC.transpose(0, 1), 0, 8)
+        conv(x_HWC.transpose(0, 1))
     with pytest.raises(ValueError, match="the kernel"):
-        conv(torch.randn(8, 8, 32), 0, 8)
+        conv(torch.randn(8, 8, 32))
     with pytest.raises(ValueError, match=r"the kernel .*bfloat16"):
-        conv.bfloat16()(x_HWC, 0, 8)
+        conv.bfloat16()(x_HWC)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -263,7 +263,7 @@ def test_a_folded_model_may_be_given_another_memory_format():
 def test_want_of_memory_is_known_as_such_from_within_a_recording(monkeypatch):
     conv = Winograd(torch.nn.Conv2d(16, 8, 3, padding=1))
     x_HWC = torch.randn(8, 8, 16)
-    recorded = torch.jit.trace(lambda x: conv(x, 0, 8), x_HWC, check_trace=False)
+    recorded = torch.jit.trace(conv, x_HWC, check_trace=False)
     full = SimpleNamespace(lanes=kernels.LIBRARY.lanes, winograd=lambda *_: kernels.NO_MEMORY)
     monkeypatch.setattr(kernels, "LIBRARY", full)
 

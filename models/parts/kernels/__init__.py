@@ -29,7 +29,9 @@ COMPILED = "maskfleet_kernels"  # pyproject.toml
 INTERFACE, NO_MEMORY, NO_NUMBER = 2, 1, 2  # kernels.c
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-_HALVED = ctypes.CFUNCTYPE(_INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, *(_INT,) * 3, _POINTER)
+_HALVED_TWICE = ctypes.CFUNCTYPE(
+    _INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, _INT, *(_POINTER,) * 2, _INT, _POINTER
+)
 _WINOGRAD = ctypes.CFUNCTYPE(_INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, *(_INT,) * 4, _POINTER)
 _FINISH = ctypes.CFUNCTYPE(
     _INT, _POINTER, _INT, *(_LONG,) * 2, *(_INT,) * 8, *(_POINTER,) * 2, *(_INT,) * 2,
@@ -51,7 +53,7 @@ class Set(ctypes.Structure):
     _fields_ = (
         ("lanes", _INT),
         ("feed", _FEED),
-        ("halved", _HALVED),
+        ("halved_twice", _HALVED_TWICE),
         ("winograd", _WINOGRAD),
         ("block", _BLOCK),
         ("read", _READ),
@@ -108,37 +110,43 @@ def packed_bias(bias_F: Tensor | None, features: int) -> Tensor:
     return torch.nn.functional.pad(bias_F.float(), (0, -features % panel)).contiguous()
 
 
-def _halved(
-    x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int, top: int, rows: int
+def _halved_twice(
+    x_HWC: Tensor,
+    first_n: Tensor,
+    first_bias: Tensor,
+    between: int,
+    second_n: Tensor,
+    second_bias: Tensor,
+    features: int,
 ) -> Tensor:
-    """Rows `top` to `top + rows` of a 3 x 3 convolution, its 2 x 2 maximum, and ReLU: out_HWF."""
+    """Two 3 x 3 convolutions, each with its 2 x 2 maximum and ReLU behind it: out_hwF.
+
+    The second kernel is a transformed one; both are packed, as are biases.
+    """
     height, width, channels = x_HWC.shape
-    _check(x_HWC, kernel_n, bias_F, 9 * channels, features)
-    out_HWF = x_HWC.new_empty(rows, width // 2, features)
-    about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
-    _done(LIBRARY.halved(x_HWC.data_ptr(), *about, top, rows, out_HWF.data_ptr()))
-    return out_HWF
+    _check(x_HWC, first_n, first_bias, 9 * channels, between)
+    _check(x_HWC, second_n, second_bias, 36 * between, features)
+    out_hwF = x_HWC.new_empty(height // 4, width // 4, features)
+    first = first_n.data_ptr(), first_bias.data_ptr(), between
+    second = second_n.data_ptr(), second_bias.data_ptr(), features
+    about = height, width, channels, *first, *second
+    _done(LIBRARY.halved_twice(x_HWC.data_ptr(), *about, out_hwF.data_ptr()))
+    return out_hwF
 
 
 def _winograd(
-    x_HWC: Tensor,
-    kernel_n: Tensor,
-    bias_F: Tensor,
-    features: int,
-    top: int,
-    rows: int,
-    halve: bool,
+    x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int, halve: bool
 ) -> Tensor:
-    """A 3 x 3 convolution, or its 2 x 2 maximum and ReLU, of `rows` rows from `top` on: out_HWF.
+    """A 3 x 3 convolution, or its 2 x 2 maximum and ReLU: out_HWF.
 
     Beyond the map lie zeros. The kernel is a transformed one, packed, as is the bias.
     """
     height, width, channels = x_HWC.shape
     _check(x_HWC, kernel_n, bias_F, 36 * channels, features)
-    shape = (rows // 2, width // 2) if halve else (rows, width)
+    shape = (height // 2, width // 2) if halve else (height, width)
     out_HWF = x_HWC.new_empty(*shape, features)
     about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
-    _done(LIBRARY.winograd(x_HWC.data_ptr(), *about, top, rows, int(halve), out_HWF.data_ptr()))
+    _done(LIBRARY.winograd(x_HWC.data_ptr(), *about, 0, height, int(halve), out_HWF.data_ptr()))
     return out_HWF
 
 
@@ -372,10 +380,9 @@ def _done(said: int) -> None:
 _OPERATIONS = torch.library.Library("maskfleet", "DEF")
 _ASKED = "Tensor score, Tensor score_bias, Tensor answer, Tensor answer_bias, int heads"
 for signature, work in {
-    "halved(Tensor x, Tensor kernel, Tensor bias, int features, int top, int rows)": _halved,
-    "winograd(Tensor x, Tensor kernel, Tensor bias, int features, int top, int rows, bool halve)": (
-        _winograd
-    ),
+    "halved_twice(Tensor x, Tensor first, Tensor first_bias, int between, Tensor second, "
+    "Tensor second_bias, int features)": _halved_twice,
+    "winograd(Tensor x, Tensor kernel, Tensor bias, int features, bool halve)": _winograd,
     "block(Tensor x, int spread, Tensor window, Tensor window_bias, Tensor widen, "
     "Tensor widen_bias, Tensor narrow, Tensor narrow_bias)": _block,
     "read(Tensor x, Tensor query)": _read,
@@ -386,7 +393,7 @@ for signature, work in {
     _OPERATIONS.define(f"{signature} -> Tensor")
     _OPERATIONS.impl(signature.split("(", maxsplit=1)[0], work, "CPU")
 _OURS = torch.ops.maskfleet
-halved, winograd, block = _OURS.halved, _OURS.winograd, _OURS.block
+halved_twice, winograd, block = _OURS.halved_twice, _OURS.winograd, _OURS.block
 read, ask, classify = _OURS.read, _OURS.ask, _OURS.classify
 
 

@@ -3,7 +3,8 @@
    `halved` is for few channels: the direct sums, of four neighbours at a time, of which ReLU and the
    2 x 2 maximum leave one. `winograd` is for many: F(4 x 4, 3 x 3) as in Lavin and Gray 2016 (arXiv
    1509.09308), 36 products of matrices instead of the 144 that 16 outputs would take. Kernels come
-   packed: [.., panels of features, channels, PANEL], zeros behind the last feature. */
+   packed: [.., panels of features, channels, PANEL], zeros behind the last feature. `halved_twice` is
+   one behind the other, of which no more is kept than what the second reads next. */
 
 /* A picture's rows `top` to `top + rows` of the halved map; those beyond the map are zeros. */
 TARGET static int OF(halved)(const float *x, int height, int width, int channels,
@@ -187,6 +188,29 @@ TARGET static int OF(winograd)(const float *x, int height, int width, int channe
         }
     free(planes);
     return DONE;
+}
+
+/* Two convolutions, each with a 2 x 2 maximum and ReLU behind it: a quarter as many rows and columns. */
+TARGET static int OF(halved_twice)(const float *x, int height, int width, int channels,
+                                   const float *first, const float *first_bias, int between,
+                                   const float *second, const float *second_bias, int features,
+                                   float *out)
+{
+    const int rows = height / 4 * 2, w = width / 2;
+    const size_t row = (size_t)w * between;
+    float *near = floats(6 * row); /* what four rows of the second read */
+    int said = near ? DONE : NO_MEMORY;
+    for (int y = 0; y < rows && said == DONE; y += 4) {
+        const int kept = y ? 2 : 0, wanted = rows - y < 4 ? rows - y : 4;
+        memcpy(near, near + 4 * row, kept * row * sizeof(float));
+        said = OF(halved)(x, height, width, channels, first, first_bias, between, y - 1 + kept,
+                          6 - kept, near + kept * row);
+        if (said == DONE)
+            said = OF(winograd)(near, 6, w, between, second, second_bias, features, 1, wanted, 1,
+                                out + (size_t)(y / 2) * (w / 2) * features);
+    }
+    free(near);
+    return said;
 }
 
 #undef MIX

@@ -13,8 +13,9 @@
 /* Raised whenever something below takes or gives something else; __init__.py asks for it. */
 const int maskfleet_interface = 2;
 
-typedef int halved_t(const float *x, int height, int width, int channels, const float *kernel,
-                     const float *bias, int features, int top, int rows, float *out);
+typedef int halved_twice_t(const float *x, int height, int width, int channels, const float *first,
+                           const float *first_bias, int between, const float *second,
+                           const float *second_bias, int features, float *out);
 typedef int winograd_t(const float *x, int height, int width, int channels, const float *kernel,
                        const float *bias, int features, int top, int rows, int halve, float *out);
 
@@ -64,7 +65,7 @@ typedef int feed_t(const uint8_t *values, long of_row, int rows, long n, const f
 struct set {
     int lanes;
     feed_t *feed;
-    halved_t *halved;
+    halved_twice_t *halved_twice;
     winograd_t *winograd;
     block_t *block;
     read_t *read;

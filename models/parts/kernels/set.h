@@ -49,7 +49,7 @@ TARGET INLINE void OF(between)(int pixel, int n, int length, int32_t *before, in
 #include "finish.h"
 
 static const struct set OF(set) = {
-    LANES, OF(feed), OF(halved), OF(winograd), OF(block), OF(read), OF(ask), OF(classify),
+    LANES, OF(feed), OF(halved_twice), OF(winograd), OF(block), OF(read), OF(ask), OF(classify),
     OF(finish),
 };
 

@@ -176,16 +176,16 @@ class Segmenter:
             return self._gpu.answers(tiles, height, width, confidence)
         least = self.model.min_side
         sizes = [(max(t.height, least), max(t.width, least)) for t in tiles]
-        x_BCHW = self._input(tiles, max(height, least), max(width, least))
         if self.bundle.task == "classify":
+            x_BCHW = self._input(tiles, max(height, least), max(width, least))
             probabilities_BK = self.model(x_BCHW, torch.tensor(sizes)).float().softmax(1)
             answers_BK = zip(tiles, probabilities_BK.numpy(), strict=True)
             return [TileAnswer(tile, probabilities_K=each_K) for tile, each_K in answers_BK], 0.0
-        scores_BKhw = self.model(x_BCHW, torch.tensor(sizes), native=True)
         answers = []
-        for tile, size, scores_Khw in zip(tiles, sizes, scores_BKhw, strict=True):
+        for tile, size in zip(tiles, sizes, strict=True):
+            x_1CHW = self._input((tile,), *self.model.padded_size(*size))
             h, w = self.model.native_size(*size)
-            valid_Khw = scores_Khw[:, :h, :w].float()
+            valid_Khw = self.model.grid(x_1CHW, None)[0, :, :h, :w].float()
             if tile.picture.tiled:
                 answers.append(TileAnswer(tile, scores_KGg=valid_Khw.numpy()))
             else:

@@ -139,6 +139,9 @@ def on_canvas(items: Iterable[Tensor], size: Iterable[int]) -> Tensor:
     """Pictures or answers of different sizes as one batch, zeros below and to the right."""
     height, width = size
     padded = [
-        nn.functional.pad(a, (0, width - a.shape[-1], 0, height - a.shape[-2])) for a in items
+        a  # by no rows and columns torch would copy it, into a memory format of its own
+        if a.shape[-2:] == (height, width)
+        else nn.functional.pad(a, (0, width - a.shape[-1], 0, height - a.shape[-2]))
+        for a in items
     ]
     return padded[0] if len(padded) == 1 else torch.cat(padded)

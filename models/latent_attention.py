@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, pad, relu
 
-from models.parts import kernels
 from models.parts.about import About
 from models.parts.attention import Attention
 from models.parts.configs import ModelConfig, did_you_mean
@@ -44,6 +43,7 @@ from models.parts.folding import (
     neutral,
     norm_then_linear,
 )
+from models.parts.kernels import operations
 from models.parts.padding import cleared, inside
 from models.parts.resize import edges_repeated, upsampled, upsampled_rows
 from models.parts.segmenter import Segmenter
@@ -579,7 +579,7 @@ class FoldedPlus(Segmenter):
         narrow_KX, bias_K = linear_then_linear(_affine(asking.mlp.narrow), head)
         parts = {"head_KD": head[0], "narrow_KX": narrow_KX, "bias_K1": bias_K[:, None]}
         fine = cast("CellwiseLinear", self.laterals[0]).linear
-        parts["lateral_CP"], parts["lateral_P"] = kernels.wide(fine.weight, fine.bias)
+        parts["lateral_CP"], parts["lateral_P"] = operations.wide(fine.weight, fine.bias)
         for name, part in parts.items():
             self.register_buffer(name, part.clone(), persistent=False)
         self.eval().requires_grad_(requires_grad=False)
@@ -600,7 +600,7 @@ class FoldedPlus(Segmenter):
         ]
         if sizes_B2 is not None:
             said = [(edges_repeated(x, sizes_B2 // (4 * f)), f) for x, f in said]
-        if kernels.serves(fine_BFhw):
+        if operations.serves(fine_BFhw):
             return self._compiled(fine_BFhw, said[0][0], said[1][0], experts)
         height, width = fine_BFhw.shape[-2:]
         strip = STRIP if x_BCHW.device.type == "cpu" else height
@@ -621,7 +621,7 @@ class FoldedPlus(Segmenter):
         cells = fine, self.lateral_CP, self.lateral_P, *coarser
         asking = *experts, self.ask.bias_O, self.ask.heads
         thinking = self.widen.weight, self.widen.bias, self.head_KD, self.narrow_KX, self.bias_K1
-        return kernels.classify(*cells, *asking, *thinking, self.pixel_norm.eps)
+        return operations.classify(*cells, *asking, *thinking, self.pixel_norm.eps)
 
     def _classified(self, pixels_BTD: Tensor, experts: tuple[Tensor, ...]) -> Tensor:
         known_BTD = pixels_BTD + self.ask(self.pixel_norm(pixels_BTD), *experts)
@@ -661,18 +661,18 @@ class FoldedBlock(nn.Module):
         parts = (
             self.window.weight[:, 0].permute(1, 2, 0).flatten(0, 1).contiguous(),
             cast("Tensor", self.window.bias),
-            *kernels.wide(self.widen.linear.weight, self.widen.linear.bias),
-            *kernels.wide(self.narrow.linear.weight, self.narrow.linear.bias),
+            *operations.wide(self.widen.linear.weight, self.widen.linear.bias),
+            *operations.wide(self.narrow.linear.weight, self.narrow.linear.bias),
         )
         for name, part in zip(self._FOR_C, parts, strict=True):
             self.register_buffer(name, part.detach(), persistent=False)
 
     def forward(self, x_BFhw: Tensor) -> Tensor:
         """See `Block`."""
-        if kernels.serves(x_BFhw):
+        if operations.serves(x_BFhw):
             x_BhwF = x_BFhw.permute(0, 2, 3, 1).contiguous()
             parts = (getattr(self, name) for name in self._FOR_C)
-            return kernels.block(x_BhwF, self.window.dilation[0], *parts).permute(0, 3, 1, 2)
+            return operations.block(x_BhwF, self.window.dilation[0], *parts).permute(0, 3, 1, 2)
         change_BFhw = self.narrow(relu(self.widen(self.window(x_BFhw)), inplace=True))
         return change_BFhw.add_(x_BFhw)
 

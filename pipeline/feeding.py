@@ -7,6 +7,7 @@ Shapes: B batch, H W padded pixels, C channels, X width times channels.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from pipeline.tile import Tile
 
 _AS_TENSOR = {"uint8": torch.uint8, "uint16": torch.int32, "float32": torch.float32}
 """What a GPU is sent; torch knows few operations for uint16."""
+
+WIDTHS = 256  # of pictures whose factors are kept, 12 KB each at 1000 pixels
 
 
 def factors(about: InputInfo, kind: np.dtype) -> tuple[Array, Array]:
@@ -55,10 +58,8 @@ def on_host(
     """x_BCHW of a batch on the CPU."""
     x_BHWC = torch.empty((len(tiles), height, width, about.channels), dtype=number)
     for tile, x_HX in zip(tiles, x_BHWC.flatten(2), strict=True):
-        scale_C, shift_C = factors(about, tile.values_HWC.dtype)
+        scale_X, shift_X = _factors_of_rows(about, tile.values_HWC.dtype, tile.width)
         values_HWC = admitted(tile.values_HWC, about)
-        # By rows of all channels: three values would be a short loop.
-        scale_X, shift_X = (np.tile(factor_C, tile.width) for factor_C in (scale_C, shift_C))
         inside_HX = x_HX[: tile.height, : len(scale_X)]
         if _compiled(values_HWC, about, number):
             kernels.feed(values_HWC.reshape(tile.height, -1), scale_X, shift_X, inside_HX)
@@ -70,6 +71,13 @@ def on_host(
         x_HX[: tile.height, len(scale_X) :] = 0
         x_HX[tile.height :] = 0
     return x_BHWC.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=WIDTHS)
+def _factors_of_rows(about: InputInfo, kind: np.dtype, width: int) -> tuple[Array, Array]:
+    """scale_X and shift_X: by rows of all channels, for three values would be a short loop."""
+    scale_C, shift_C = factors(about, kind)
+    return np.tile(scale_C, width), np.tile(shift_C, width)
 
 
 def _compiled(values_HWC: Array, about: InputInfo, number: torch.dtype) -> bool:

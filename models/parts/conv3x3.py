@@ -1,9 +1,9 @@
 """3 x 3 convolutions for CPUs, in C (models/parts/kernels); where that is not compiled, torch's.
 
 `HalvedTwice` is how a stem may begin: from a picture's few channels to many, at a quarter of its
-side, in one pass. `Winograd` is for many channels: minimal filtering F(4 x 4, 3 x 3), as in Lavin and Gray 2016 (arXiv
-1509.09308), 16 outputs from 36 inputs by 36 multiplications instead of 144. It rounds otherwise
-than the direct sum, but by as little: some 1e-6 of the largest value.
+side, in one pass. `Winograd` is for many channels: minimal filtering F(4 x 4, 3 x 3), as in Lavin
+and Gray 2016 (arXiv 1509.09308), 16 outputs from 36 inputs by 36 multiplications instead of 144. It
+rounds otherwise than the direct sum, but by as little: some 1e-6 of the largest value.
 
 Both are for float32 alone: half precision has no digits to spare.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.parts import kernels
+from models.parts.kernels import operations
 from models.parts.strips import pays
 
 CHANNELS = 16
@@ -50,9 +51,9 @@ class _Packed(nn.Module):
         if not computed(conv):
             raise ValueError(f"only 3 x 3, stride 1, padding 1, without groups: {conv}")
         self.features = conv.out_channels
-        kernel_n = kernels.packed(self._kernel(conv.weight.detach().cpu()))
+        kernel_n = operations.packed(self._kernel(conv.weight.detach().cpu()))
         self.register_buffer("kernel_n", kernel_n, persistent=False)
-        bias_F = kernels.packed_bias(conv.bias, self.features)
+        bias_F = operations.packed_bias(conv.bias, self.features)
         self.register_buffer("bias_F", bias_F, persistent=False)
 
     def _kernel(self, weight_FCyx: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Winograd(_Packed):
 
     def forward(self, x_HWC: Tensor, *, halve: bool = False) -> Tensor:
         """out_HWF of a contiguous map, or its 2 x 2 maximum and ReLU: out_hwF."""
-        return kernels.winograd(x_HWC, self.kernel_n, self.bias_F, self.features, halve)
+        return operations.winograd(x_HWC, self.kernel_n, self.bias_F, self.features, halve)
 
 
 class HalvedTwice(nn.Module):
@@ -96,7 +97,7 @@ class HalvedTwice(nn.Module):
             for each in (self.first, self.second)
             for part in (each.kernel_n, each.bias_F, each.features)
         ]
-        items = [kernels.halved_twice(x_HWC, *about) for x_HWC in x_BHWC]
+        items = [operations.halved_twice(x_HWC, *about) for x_HWC in x_BHWC]
         return items[0][None] if len(items) == 1 else torch.stack(items)
 
 

@@ -14,6 +14,7 @@ import torch
 import models
 from models.parts import kernels
 from models.parts.conv3x3 import Winograd
+from models.parts.kernels import operations
 from pipeline.heap import out_of_memory
 
 
@@ -41,7 +42,7 @@ TOKENS = [(1, 1, 8), (1, 257, 64), (2, 600, 20), (3, 31, 32), (1, 1000, 3)]
 def test_queries_read_as_by_torch(shape, rows, spread):
     x_BTF, query_PF = draws(*shape), draws(rows, shape[2], spread=spread)
 
-    found = kernels.read(x_BTF, query_PF)
+    found = operations.read(x_BTF, query_PF)
 
     scores_BPT = query_PF @ x_BTF.mT
     # 2^x of x / ln 2, whose rounding grows with x, which is rounded itself
@@ -55,7 +56,7 @@ def test_queries_read_as_by_torch(shape, rows, spread):
 def test_reading_minds_a_greater_score_that_comes_late(ascending):
     x_1TF = torch.linspace(-300, 300, 2000).sort(descending=not ascending).values[None, :, None]
 
-    found = kernels.read(x_1TF.contiguous(), torch.ones(1, 1))
+    found = operations.read(x_1TF.contiguous(), torch.ones(1, 1))
 
     torch.testing.assert_close(found, x_1TF.softmax(1).mT @ x_1TF, rtol=1e-4, atol=1e-4)
 
@@ -68,8 +69,8 @@ def test_reading_and_asking_hide_nothing_that_is_no_number(place):
     x_BTF[0, place, 2] = torch.nan
     asking = draws(1, 6, 4), draws(1, 6, 1), draws(1, 3, 6), draws(3), 2
 
-    assert kernels.read(x_BTF, torch.ones(2, 4)).isnan().all()
-    hidden_T = kernels.ask(x_BTF, *asking)[0].isnan()
+    assert operations.read(x_BTF, torch.ones(2, 4)).isnan().all()
+    hidden_T = operations.ask(x_BTF, *asking)[0].isnan()
     assert hidden_T[:, place].all()
     assert hidden_T.sum() == 3
 
@@ -84,7 +85,7 @@ def test_tokens_ask_as_by_torch(shape, heads, experts, outputs):
     score_BPF, score_BP1 = draws(batch, rows, features), draws(batch, rows, 1)
     answer_BOP, bias_O = draws(batch, outputs, rows), draws(outputs)
 
-    found = kernels.ask(x_BTF, score_BPF, score_BP1, answer_BOP, bias_O, heads)
+    found = operations.ask(x_BTF, score_BPF, score_BP1, answer_BOP, bias_O, heads)
 
     scores_BPT = score_BPF @ x_BTF.mT + score_BP1
     shares_BPT = scores_BPT.unflatten(1, (heads, -1)).softmax(2).flatten(1, 2)
@@ -121,13 +122,13 @@ def test_a_block_is_torchs(channels, spread, height, width):
     )  # fmt: skip
     biases = draws(channels), draws(inside), draws(channels)
 
-    found = kernels.block(
+    found = operations.block(
         x_BCHW.permute(0, 2, 3, 1).contiguous(),
         spread,
         window_C1yx[:, 0].permute(1, 2, 0).reshape(9, channels).contiguous(),
         biases[0],
-        *kernels.wide(widen_XC, biases[1]),
-        *kernels.wide(narrow_CX, biases[2]),
+        *operations.wide(widen_XC, biases[1]),
+        *operations.wide(narrow_CX, biases[2]),
     )
 
     about = {"padding": spread, "dilation": spread, "groups": channels}
@@ -142,9 +143,9 @@ def test_a_block_is_torchs(channels, spread, height, width):
 def test_a_block_hides_nothing_that_is_no_number():
     x_BHWC = torch.zeros(1, 6, 6, 4)
     x_BHWC[0, 2, 3, 1] = torch.nan
-    layers = kernels.wide(torch.ones(4, 4), torch.zeros(4))
+    layers = operations.wide(torch.ones(4, 4), torch.zeros(4))
 
-    found = kernels.block(x_BHWC, 1, torch.ones(9, 4), torch.zeros(4), *layers, *layers)
+    found = operations.block(x_BHWC, 1, torch.ones(9, 4), torch.zeros(4), *layers, *layers)
 
     assert found[0, 1:4, 2:5].isnan().all()
     assert found.isnan().sum() == 9 * 4
@@ -153,11 +154,11 @@ def test_a_block_hides_nothing_that_is_no_number():
 @torch.inference_mode()
 def test_other_kinds_of_numbers_and_those_to_learn_from_stay_with_torch():
     x = torch.randn(3, 9)
-    assert kernels.serves(x) == (kernels.LIBRARY is not None)
-    assert not kernels.serves(x.double())
-    assert not kernels.serves(x.bfloat16())
+    assert operations.serves(x) == (kernels.LIBRARY is not None)
+    assert not operations.serves(x.double())
+    assert not operations.serves(x.bfloat16())
     with torch.inference_mode(mode=False), torch.enable_grad():
-        assert not kernels.serves(x)
+        assert not operations.serves(x)
 
 
 @pytest.mark.usefixtures("instructions")

@@ -3,11 +3,10 @@
 Where there was no C compiler, or what was compiled is of another version of this file, `LIBRARY` is
 None, and callers do the same by torch's operations: up to twice as slow, equal up to rounding.
 
-All but `feed` and `finish` are operations of torch (`torch.ops.maskfleet`), so that recordings
-(replay.py) hold them. C runs without the GIL, in the thread that asks.
+Here is what takes arrays, `feed` and `finish`; operations.py has what a model is made of. C runs
+without the GIL, in the thread that asks.
 
-Shapes: H W rows and columns, C channels, F features; K classes; h w grid; N kernels of n numbers in
-all; B batch, T tokens, P heads times experts, O outputs, X thoughts.
+Shapes: H W rows and columns, K classes, h w grid, X width times channels.
 """
 
 from __future__ import annotations
@@ -86,229 +85,6 @@ LIBRARY: Any = next(known(), None)
 """The best `Set`, or None."""
 
 
-def packed(kernel_NCF: Tensor) -> Tensor:
-    """Kernels as C reads them, panel by panel, zeros behind the last feature: kernel_n."""
-    panel = 2 * LIBRARY.lanes
-    padded = torch.nn.functional.pad(kernel_NCF, (0, -kernel_NCF.shape[2] % panel))
-    return padded.unflatten(2, (-1, panel)).transpose(1, 2).to(torch.float32).flatten()
-
-
-def wide(weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer's weight as C reads it for rows of inputs, and its bias: weight_IP, bias_P.
-
-    Zeros behind the last output up to a multiple of a panel, where there is one.
-    """
-    more = 0 if LIBRARY is None else -len(weight_OI) % (2 * LIBRARY.lanes)
-    pad = torch.nn.functional.pad
-    return pad(weight_OI.mT, (0, more)).contiguous(), pad(bias_O, (0, more)).contiguous()
-
-
-def packed_bias(bias_F: Tensor | None, features: int) -> Tensor:
-    """A bias with zeros behind the last feature; zeros alone where there is none."""
-    bias_F = torch.zeros(features) if bias_F is None else bias_F.detach().cpu()
-    panel = 2 * LIBRARY.lanes
-    return torch.nn.functional.pad(bias_F.float(), (0, -features % panel)).contiguous()
-
-
-def _halved_twice(
-    x_HWC: Tensor,
-    first_n: Tensor,
-    first_bias: Tensor,
-    between: int,
-    second_n: Tensor,
-    second_bias: Tensor,
-    features: int,
-) -> Tensor:
-    """Two 3 x 3 convolutions, each with its 2 x 2 maximum and ReLU behind it: out_hwF.
-
-    The second kernel is a transformed one; both are packed, as are biases.
-    """
-    height, width, channels = x_HWC.shape
-    _check(x_HWC, first_n, first_bias, 9 * channels, between)
-    _check(x_HWC, second_n, second_bias, 36 * between, features)
-    out_hwF = x_HWC.new_empty(height // 4, width // 4, features)
-    first = first_n.data_ptr(), first_bias.data_ptr(), between
-    second = second_n.data_ptr(), second_bias.data_ptr(), features
-    about = height, width, channels, *first, *second
-    _done(LIBRARY.halved_twice(x_HWC.data_ptr(), *about, out_hwF.data_ptr()))
-    return out_hwF
-
-
-def _winograd(
-    x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int, halve: bool
-) -> Tensor:
-    """A 3 x 3 convolution, or its 2 x 2 maximum and ReLU: out_HWF.
-
-    Beyond the map lie zeros. The kernel is a transformed one, packed, as is the bias.
-    """
-    height, width, channels = x_HWC.shape
-    _check(x_HWC, kernel_n, bias_F, 36 * channels, features)
-    shape = (height // 2, width // 2) if halve else (height, width)
-    out_HWF = x_HWC.new_empty(*shape, features)
-    about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
-    _done(LIBRARY.winograd(x_HWC.data_ptr(), *about, 0, height, int(halve), out_HWF.data_ptr()))
-    return out_HWF
-
-
-def _check(x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, terms: int, features: int) -> None:
-    """Whether C may read as many numbers as it will: kernels may have come from elsewhere."""
-    padded = features + -features % (2 * LIBRARY.lanes)
-    kernel, bias = (kernel_n, terms * padded), (bias_F, padded)
-    _in_a_row(kernel=kernel, bias=bias, map=(x_HWC, x_HWC.numel()))
-
-
-def _in_a_row(**parts: tuple[Tensor, int]) -> None:
-    for name, (numbers, wanted) in parts.items():
-        kind, there = numbers.dtype, numbers.numel()
-        if kind != torch.float32 or there != wanted or not numbers.is_contiguous():
-            raise ValueError(
-                f"for C the {name} must be {wanted} float32 in a row, it is "
-                f"{there} {kind} by {numbers.stride()}; fold the model again on this machine"
-            )
-
-
-def _block(
-    x_BHWC: Tensor,
-    spread: int,
-    window_9C: Tensor,
-    bias_C: Tensor,
-    widen_CX: Tensor,
-    widen_X: Tensor,
-    narrow_XC: Tensor,
-    narrow_C: Tensor,
-) -> Tensor:
-    """x + narrow ReLU(widen window(x)), layers as `wide` gives them: out_BHWC."""
-    batch, height, width, channels = x_BHWC.shape
-    inside, panel = narrow_XC.shape[0], 2 * LIBRARY.lanes
-    wide_channels, wide_inside = channels + -channels % panel, inside + -inside % panel
-    _in_a_row(
-        x_BHWC=(x_BHWC, x_BHWC.numel()),
-        window_9C=(window_9C, 9 * channels),
-        bias_C=(bias_C, channels),
-        widen_CX=(widen_CX, channels * wide_inside),
-        widen_X=(widen_X, wide_inside),
-        narrow_XC=(narrow_XC, inside * wide_channels),
-        narrow_C=(narrow_C, wide_channels),
-    )
-    own = _addresses(window_9C, bias_C, widen_CX, widen_X, narrow_XC, narrow_C)
-    out_BHWC = torch.empty_like(x_BHWC)
-    for x_HWC, out_HWC in zip(x_BHWC, out_BHWC, strict=True):
-        about = height, width, channels, spread, own, inside
-        _done(LIBRARY.block(x_HWC.data_ptr(), *about, out_HWC.data_ptr()))
-    return out_BHWC
-
-
-def _read(x_BTF: Tensor, query_PF: Tensor) -> Tensor:
-    """Every query's mean of the tokens, weighted by the softmax of its scores: mean_BPF."""
-    batch, tokens, features = x_BTF.shape
-    rows = len(query_PF)
-    _in_a_row(x_BTF=(x_BTF, x_BTF.numel()), query_PF=(query_PF, rows * features))
-    mean_BPF = x_BTF.new_empty(batch, rows, features)
-    for x_TF, mean_PF in zip(x_BTF, mean_BPF, strict=True):
-        about = tokens, features, query_PF.data_ptr(), rows
-        _done(LIBRARY.read(x_TF.data_ptr(), *about, mean_PF.data_ptr()))
-    return mean_BPF
-
-
-def _ask(
-    x_BTF: Tensor,
-    score_BPF: Tensor,
-    score_BP1: Tensor,
-    answer_BOP: Tensor,
-    bias_O: Tensor,
-    heads: int,
-) -> Tensor:
-    """What tokens are told by the experts that they ask: told_BOT."""
-    batch, tokens, features = x_BTF.shape
-    outputs, experts = answer_BOP.shape[1], answer_BOP.shape[2] // heads
-    _in_a_row(x_BTF=(x_BTF, x_BTF.numel()))
-    asking = _asking(batch, features, score_BPF, score_BP1, answer_BOP, bias_O)
-    told_BOT = x_BTF.new_empty(batch, outputs, tokens)
-    for x_TF, ask, told_OT in zip(x_BTF, asking, told_BOT, strict=True):
-        about = tokens, features, ask, heads, experts, outputs
-        _done(LIBRARY.ask(x_TF.data_ptr(), *about, told_OT.data_ptr()))
-    return told_BOT
-
-
-def _classify(
-    fine_BhwC: Tensor,
-    lateral_CP: Tensor,
-    bias_P: Tensor,
-    half_BhwF: Tensor,
-    quarter_BhwF: Tensor,
-    score_BPF: Tensor,
-    score_BP1: Tensor,
-    answer_BFP: Tensor,
-    bias_F: Tensor,
-    heads: int,
-    widen_XF: Tensor,
-    widen_X: Tensor,
-    head_KF: Tensor,
-    narrow_KX: Tensor,
-    bias_K: Tensor,
-    epsilon: float,
-) -> Tensor:
-    """Scores_BKhw of cells that ask, normalised, keep what they are, and think, normalised again.
-
-    cell = lateral fine + half there + quarter there (bilinear); known = cell + told;
-    scores = head known + narrow ReLU(widen normalised(known)).
-
-    Args:
-        lateral_CP: features up to a multiple of a panel, zeros behind the last; so is bias_P.
-        half_BhwF: at half as many rows and columns as `fine`; `quarter` at a quarter.
-    """
-    batch, height, width, own = fine_BhwC.shape
-    features, (thoughts, _), classes = half_BhwF.shape[3], widen_XF.shape, len(head_KF)
-    padded = features + -features % (2 * LIBRARY.lanes)
-    _in_a_row(
-        fine_BhwC=(fine_BhwC, batch * height * width * own),
-        lateral_CP=(lateral_CP, own * padded),
-        bias_P=(bias_P, padded),
-        half_BhwF=(half_BhwF, batch * (height // 2) * (width // 2) * features),
-        quarter_BhwF=(quarter_BhwF, batch * (height // 4) * (width // 4) * features),
-        widen_XF=(widen_XF, thoughts * features),
-        widen_X=(widen_X, thoughts),
-        head_KF=(head_KF, classes * features),
-        narrow_KX=(narrow_KX, classes * thoughts),
-        bias_K=(bias_K, classes),
-    )
-    items = zip(fine_BhwC, half_BhwF, quarter_BhwF, strict=True)
-    maps = [_addresses(fine, lateral_CP, bias_P, *coarser) for fine, *coarser in items]
-    asking = _asking(batch, features, score_BPF, score_BP1, answer_BFP, bias_F)
-    thinking = _addresses(widen_XF, widen_X, head_KF, narrow_KX, bias_K)
-    sizes = heads, answer_BFP.shape[2] // heads, thinking, thoughts, classes, epsilon
-    scores_BKhw = fine_BhwC.new_empty(batch, classes, height, width)
-    for item, ask, scores_Khw in zip(maps, asking, scores_BKhw, strict=True):
-        about = height, width, own, features, ask, *sizes
-        _done(LIBRARY.classify(item, *about, scores_Khw.data_ptr()))
-    return scores_BKhw
-
-
-def _asking(
-    batch: int,
-    features: int,
-    score_BPF: Tensor,
-    score_BP1: Tensor,
-    answer_BOP: Tensor,
-    bias_O: Tensor,
-) -> list[Any]:
-    """A `struct asking` for each item."""
-    _, outputs, rows = answer_BOP.shape
-    _in_a_row(
-        score_BPF=(score_BPF, batch * rows * features),
-        score_BP1=(score_BP1, batch * rows),
-        answer_BOP=(answer_BOP, batch * outputs * rows),
-        bias_O=(bias_O, outputs),
-    )
-    items = zip(score_BPF, score_BP1, answer_BOP, strict=True)
-    return [_addresses(*item, bias_O) for item in items]
-
-
-def _addresses(*parts: Tensor) -> Any:  # noqa: ANN401 - an array of a length of its own
-    """What a C struct of pointers is."""
-    return (_POINTER * len(parts))(*(part.data_ptr() for part in parts))
-
-
 def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> None:
     """Rows of 8 bits times a scale plus a shift, into the rows of `out_HX`."""
     if values_HX.strides[1] != 1:  # a picture that was turned without being copied
@@ -363,7 +139,7 @@ def finish(
     )  # fmt: skip
     if said == NO_NUMBER:
         return None
-    _done(said)
+    done(said)
     return labels_1HW, certainty_1HW, counts_1K, sums_1K
 
 
@@ -371,33 +147,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _done(said: int) -> None:
+def done(said: int) -> None:
+    """Raise what a pass could not do.
+
+    Raises:
+        MemoryError: there was no room for it.
+    """
     if said == NO_MEMORY:
         # in a recording torch makes a RuntimeError of it, which `heap.out_of_memory` knows so
         raise MemoryError("cannot allocate memory for a convolution's tiles or a row of scores")
-
-
-_OPERATIONS = torch.library.Library("maskfleet", "DEF")
-_ASKED = "Tensor score, Tensor score_bias, Tensor answer, Tensor answer_bias, int heads"
-for signature, work in {
-    "halved_twice(Tensor x, Tensor first, Tensor first_bias, int between, Tensor second, "
-    "Tensor second_bias, int features)": _halved_twice,
-    "winograd(Tensor x, Tensor kernel, Tensor bias, int features, bool halve)": _winograd,
-    "block(Tensor x, int spread, Tensor window, Tensor window_bias, Tensor widen, "
-    "Tensor widen_bias, Tensor narrow, Tensor narrow_bias)": _block,
-    "read(Tensor x, Tensor query)": _read,
-    f"ask(Tensor x, {_ASKED})": _ask,
-    f"classify(Tensor fine, Tensor lateral, Tensor bias, Tensor half, Tensor quarter, {_ASKED}, "
-    "Tensor widen, Tensor widen_bias, Tensor head, Tensor narrow, Tensor head_bias, float epsilon)": _classify,
-}.items():
-    _OPERATIONS.define(f"{signature} -> Tensor")
-    _OPERATIONS.impl(signature.split("(", maxsplit=1)[0], work, "CPU")
-_OURS = torch.ops.maskfleet
-halved_twice, winograd, block = _OURS.halved_twice, _OURS.winograd, _OURS.block
-read, ask, classify = _OURS.read, _OURS.ask, _OURS.classify
-
-
-def serves(x: Tensor) -> bool:
-    """Whether tokens may go through C here: on a CPU, to infer, where torch compiles nothing."""
-    here = LIBRARY is not None and x.device.type == "cpu" and x.dtype == torch.float32
-    return here and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

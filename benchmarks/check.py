@@ -132,6 +132,11 @@ RATIOS = {
         lambda: faster("plain", "folded", "segformer:b0"),
         0.12,
     ),
+    "folded_plus": Ratio(
+        "the shipped net: folded / plain, 512 px",
+        lambda: faster("plain", "folded", "latent_attention:plus s"),
+        0.12,
+    ),
     "finishing": Ratio("scores to labels: by torch's operations / in C", finishing, 0.2),
     "near_the_limit": Ratio("first to last fragment / work-bound limit", near_the_limit, 0.1),
 }

@@ -36,7 +36,7 @@ from pipeline.ledger import RUN
 from pipeline.line import Line
 from pipeline.memory import refuse_too_little
 from pipeline.packing import object_of
-from pipeline.place import Capacity, Found
+from pipeline.place import GPU_THREADS, Capacity, Found
 from pipeline.probing import probing
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
 from pipeline.run import attempt, load, store
@@ -68,7 +68,6 @@ SEGMENT_CPUS = (
     0.5  # one actor per core may start, and half of the CPUs stay for the tasks around it
 )
 IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there when one is done
-GPU_THREADS = 4  # fragments a GPU actor works on at once: decoding beside predicting
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
 TRIES = 4  # workers that one item of `OnRay.each` may cost: it may be what kills them
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")

@@ -10,14 +10,12 @@ from pipeline.infer import Segmenter
 from pipeline.labels import in_order
 from pipeline.line import Line
 from pipeline.memory import refuse_too_little
-from pipeline.place import Capacity, Found
+from pipeline.place import GPU_THREADS, Capacity, Found
 from pipeline.records import Receipt, Task
 from pipeline.run import run_here
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-GPU_THREADS = 4  # fragments in turn for a GPU: decoding beside predicting
 
 
 class Here:

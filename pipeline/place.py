@@ -8,6 +8,8 @@ from typing import Protocol
 from pipeline.config import SegmentConfig
 from pipeline.records import Receipt, Task
 
+GPU_THREADS = 4  # fragments that share a GPU, or an actor that has one: decoding beside predicting
+
 
 @dataclass(frozen=True, slots=True)
 class Found:

@@ -339,7 +339,7 @@ class FoldedStem(Stem):
         if not pays(x_BCHW) or sizes_B2 is not None or not len(x_BCHW):
             return super().forward(x_BCHW, sizes_B2)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-        if self.both is not None and x_BCHW.dtype == torch.float32:
+        if self.both is not None and operations.serves(x_BCHW):
             return self.both(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for conv in (self.conv1, self.conv2):
             batch, _, height, width = x_BCHW.shape
@@ -539,8 +539,8 @@ class AskExpertsBeside(nn.Module):
 class FoldedPlus(Segmenter):
     """The net for inference: no batch norms, constant queries, keys and values multiplied out.
 
-    Everything at 1/4 that happens cell by cell is done in strips on a CPU, so that what one step
-    writes is still in the cache when the next one reads it.
+    Everything at 1/4 that happens cell by cell is done in C on a CPU, or else in strips, so that
+    what one step writes is still in the cache when the next one reads it.
     """
 
     stride, multiple, receptive_field = 4, 16, None

@@ -183,9 +183,15 @@ class Segmenter:
             return [TileAnswer(tile, probabilities_K=each_K) for tile, each_K in answers_BK], 0.0
         answers = []
         for tile, size in zip(tiles, sizes, strict=True):
+            self.model.check_size(*size)
             x_1CHW = self._input((tile,), *self.model.padded_size(*size))
             h, w = self.model.native_size(*size)
             valid_Khw = self.model.grid(x_1CHW, None)[0, :, :h, :w].float()
+            if valid_Khw.shape[1:] != (h, w):
+                raise RunRefused(
+                    f"{self.bundle.architecture} answers {tuple(valid_Khw.shape[1:])} cells for a "
+                    f"picture of {size}, not {(h, w)} as its native_size says; mend one of the two"
+                )
             if tile.picture.tiled:
                 answers.append(TileAnswer(tile, scores_KGg=valid_Khw.numpy()))
             else:

@@ -82,17 +82,30 @@ class Network(nn.Module):
         else:
             sizes = [(h, w) for h, w in sizes_B2.tolist()]
         for h, w in set(sizes):
-            if self.max_side is not None and max(h, w) > self.max_side:
+            self.check_size(h, w)
+            if h > height or w > width:
                 raise ValueError(
-                    f"a picture of {h} x {w}: this model reads sides of up to {self.max_side}; "
-                    "cut the picture into tiles"
-                )
-            if not (self.min_side <= h <= height and self.min_side <= w <= width):
-                raise ValueError(
-                    f"a picture of {h} x {w} in a batch of {height} x {width}: sides must be at "
-                    f"least {self.min_side} and fit into the batch; pad the picture or leave it out"
+                    f"a picture of {h} x {w} in a batch of {height} x {width}: sizes must fit into "
+                    "the batch; pad the picture or leave it out"
                 )
         return sizes
+
+    def check_size(self, height: int, width: int) -> None:
+        """Whether a picture of this size can be read.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.max_side is not None and max(height, width) > self.max_side:
+            raise ValueError(
+                f"a picture of {height} x {width}: this model reads sides of up to "
+                f"{self.max_side}; cut the picture into tiles"
+            )
+        if min(height, width) < self.min_side:
+            raise ValueError(
+                f"a picture of {height} x {width}: sides must be at least {self.min_side}; "
+                "pad the picture or leave it out"
+            )
 
     def alone(self, x_BCHW: Tensor, sizes: list[Size]) -> list[Tensor]:
         """Each item for itself, x_1CHW at its padded size."""

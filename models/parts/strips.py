@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def pays(x_BCHW: Tensor) -> bool:
+def pays(x: Tensor) -> bool:
     """Whether strips, and C, are of use: on a CPU, to infer, where torch compiles nothing."""
-    elsewhere = x_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
+    elsewhere = x.device.type != "cpu" or torch.compiler.is_compiling()
     return not elsewhere and not torch.is_grad_enabled()
 
 

@@ -158,7 +158,7 @@ def test_the_seed_answers_every_size_from_four_pixels_on(size, cells):
 
 
 def test_the_seed_refuses_a_picture_of_three_pixels():
-    with pytest.raises(ValueError, match=r"3 x 9 in a batch of 3 x 9.*at least 4"):
+    with pytest.raises(ValueError, match=r"a picture of 3 x 9: sides must be at least 4"):
         models.build("latent_attention")(torch.zeros(1, 3, 3, 9))
 
 

@@ -380,6 +380,23 @@ def test_a_tiled_picture_equals_the_untiled_one_where_the_field_is_finite(tiny_b
 # -- refusals ------------------------------------------------------------------------------------
 
 
+def test_a_model_that_answers_fewer_cells_than_it_says_is_refused(tiny_bundle):
+    segmenter = Segmenter(*files_of(tiny_bundle), "cpu")
+    grid = segmenter.model.grid
+    segmenter.model.grid = lambda x_BCHW, sizes: grid(x_BCHW, sizes)[:, :, 1:]
+
+    with pytest.raises(RunRefused, match=r"answers \(63, 64\) cells .* not \(64, 64\)"):
+        segmenter.probe()
+
+
+def test_a_tile_larger_than_the_model_reads_is_refused_with_the_way_out(tiny_bundle):
+    segmenter = Segmenter(*files_of(tiny_bundle), "cpu")
+    segmenter.model.max_side = 32
+
+    with pytest.raises(ValueError, match="sides of up to 32; cut the picture into tiles"):
+        answers(segmenter, [picture(40, 30, 0)], 2**16)
+
+
 def test_a_bundle_that_is_none_is_refused(tiny_bundle):
     card, weights = files_of(tiny_bundle)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = np.ndarray
 
 COMPILED = "maskfleet_kernels"  # pyproject.toml
-INTERFACE, NO_MEMORY, NO_NUMBER = 2, 1, 2  # kernels.c
+INTERFACE, NO_MEMORY, NO_NUMBER = 3, 1, 2  # kernels.c
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _HALVED_TWICE = ctypes.CFUNCTYPE(
@@ -86,7 +86,16 @@ LIBRARY: Any = next(known(), None)
 
 
 def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> None:
-    """Rows of 8 bits times a scale plus a shift, into the rows of `out_HX`."""
+    """Rows of 8 bits times a scale plus a shift, into the rows of `out_HX`.
+
+    Raises:
+        ValueError: there is no room for all of them.
+    """
+    if values_HX.shape != tuple(out_HX.shape):
+        raise ValueError(
+            f"{values_HX.shape} values do not fit {tuple(out_HX.shape)}: is a picture larger than "
+            "what the model's padded_size makes of it?"
+        )
     if values_HX.strides[1] != 1:  # a picture that was turned without being copied
         values_HX = np.ascontiguousarray(values_HX)
     rows, values = values_HX.shape
@@ -155,4 +164,4 @@ def done(said: int) -> None:
     """
     if said == NO_MEMORY:
         # in a recording torch makes a RuntimeError of it, which `heap.out_of_memory` knows so
-        raise MemoryError("cannot allocate memory for a convolution's tiles or a row of scores")
+        raise MemoryError("cannot allocate memory for what a pass in C has at hand")

@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 
 from models.parts import kernels
 from models.parts.kernels import done
+from models.parts.strips import pays
 
 
 def serves(x: Tensor) -> bool:
-    """Whether tokens may go through C here: on a CPU, to infer, where torch compiles nothing."""
-    here = kernels.LIBRARY is not None and x.device.type == "cpu" and x.dtype == torch.float32
-    return here and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether what comes of x may go through C: where that pays, and of float32."""
+    return kernels.LIBRARY is not None and x.dtype == torch.float32 and pays(x)
 
 
 def packed(kernel_NCF: Tensor) -> Tensor:
@@ -195,8 +195,13 @@ def _classify(
     cell = lateral fine + half there + quarter there (bilinear); known = cell + told;
     scores = head known + narrow ReLU(widen normalised(known)). Lateral and its bias are as `wide`
     gives them; `half` has half as many rows and columns as `fine`, `quarter` a quarter.
+
+    Raises:
+        ValueError: parts do not fit each other.
     """
     batch, height, width, own = fine_BhwC.shape
+    if height % 4 or width % 4 or not height * width:
+        raise ValueError(f"a map of {height} x {width} has no halves and quarters")
     features, (thoughts, _), classes = half_BhwF.shape[3], widen_XF.shape, len(head_KF)
     padded = _in_panels(features)
     _in_a_row(

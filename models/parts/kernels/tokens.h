@@ -216,8 +216,9 @@ TARGET static float OF(shared)(float *scores, int n, float before, float *sum)
         best = OF(greater)(AT(scores + i), best);
     for (int j = 0; j < LANES; j++)
         most = best[j] > most ? best[j] : most;
+    const float from = most == -INFINITY ? 0 : most; /* -inf less itself would be no number */
     for (int i = 0; i < n; i += LANES)
-        sums += *(Floats *)(scores + i) = OF(exp2_of)((AT(scores + i) - most) * OCTAVE);
+        sums += *(Floats *)(scores + i) = OF(exp2_of)((AT(scores + i) - from) * OCTAVE);
     *sum = 0;
     for (int j = 0; j < LANES; j++)
         *sum += sums[j];
@@ -231,15 +232,19 @@ TARGET static int OF(read)(const float *x, long tokens, int features, const floa
                            float *out)
 {
     const size_t padded = up_to(features, PANEL);
-    float *tile = floats(TILE(2 * padded) + (BLOCK + rows) * padded + (size_t)rows * (BLOCK + 2));
-    if (!tile)
+    float *tile = floats(TILE(2 * padded) + (BLOCK + rows) * padded + (size_t)rows * (BLOCK + 1));
+    double *means = calloc(rows * (padded + 1), sizeof(double)); /* of any number of blocks */
+    if (!tile || !means) {
+        free(tile), free(means);
         return NO_MEMORY;
+    }
+    double *sums = means + rows * padded;
     float *spare = tile + TILE(padded), *copied = spare + TILE(padded);
-    float *means = copied + BLOCK * padded, *shares = means + rows * padded;
-    float *most = shares + (size_t)rows * BLOCK, *sums = most + rows;
-    memset(copied, 0, (BLOCK + rows) * padded * sizeof(float));
+    float *some = copied + BLOCK * padded, *shares = some + rows * padded;
+    float *most = shares + (size_t)rows * BLOCK;
+    memset(copied, 0, BLOCK * padded * sizeof(float));
     for (int r = 0; r < rows; r++)
-        most[r] = -INFINITY, sums[r] = 0;
+        most[r] = -INFINITY;
     for (long t = 0; t < tokens; t += BLOCK) {
         const int n = tokens - t < BLOCK ? (int)(tokens - t) : BLOCK;
         float sum;
@@ -251,9 +256,9 @@ TARGET static int OF(read)(const float *x, long tokens, int features, const floa
         for (int r = 0; r < rows; r++) {
             const float before = most[r];
             most[r] = OF(shared)(shares + (size_t)r * BLOCK, n, before, &sum);
-            const float scale = exp2f((before - most[r]) * OCTAVE);
+            const float scale = most[r] > before ? exp2f((before - most[r]) * OCTAVE) : 1;
             sums[r] = sums[r] * scale + sum;
-            for (size_t f = 0; most[r] > before && f < padded; f++)
+            for (size_t f = 0; scale != 1 && f < padded; f++)
                 means[r * padded + f] *= scale;
         }
         if (padded != (size_t)features) {
@@ -262,12 +267,16 @@ TARGET static int OF(read)(const float *x, long tokens, int features, const floa
             own = copied;
         }
         for (size_t f = 0; f < padded; f += PANEL)
-            OF(products)(shares, BLOCK, rows, n, own + f, (int)padded, 1, means + f, (int)padded);
+            OF(products)(shares, BLOCK, rows, n, own + f, (int)padded, 0, some + f, (int)padded);
+        for (size_t i = 0; i < rows * padded; i++)
+            means[i] += some[i];
     }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        const double sum_of_all = most[r] == -INFINITY ? NAN : sums[r]; /* as for any softmax */
         for (int f = 0; f < features; f++)
-            out[(size_t)r * features + f] = means[r * padded + f] / sums[r];
-    free(tile);
+            out[(size_t)r * features + f] = (float)(means[r * padded + f] / sum_of_all);
+    }
+    free(tile), free(means);
     return DONE;
 }
 

@@ -3,8 +3,9 @@
     python -m benchmarks.check            # fails where a ratio has fallen; some three minutes
     python -m benchmarks.check --record   # takes today's as the recorded ones
 
-Each is a ratio of two things measured side by side here, so that another machine, or a slower
-hour, moves both. What varies all the same is the tolerance of each. It uses pictures that ship.
+Each is a ratio of two things measured side by side here, so that a slower machine, or hour, moves
+both. What varies all the same is the tolerance of each. How wide a core computes moves some, so
+each width has records of its own. It uses pictures that ship.
 """
 
 import argparse
@@ -142,6 +143,11 @@ RATIOS = {
 }
 
 
+def width() -> str:
+    """Of this core, as far as our own passes use it."""
+    return "none" if kernels.LIBRARY is None else f"{kernels.LIBRARY.lanes} lanes"
+
+
 def main() -> int:
     """Measure, compare, say; 1 where something has become slower."""
     parser = argparse.ArgumentParser(
@@ -150,7 +156,8 @@ def main() -> int:
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--only", nargs="+", choices=RATIOS, default=list(RATIOS))
     given = parser.parse_args()
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"ratios": {}}
+    records = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    known = records.setdefault(width(), {"ratios": {}})
     found, slower = {}, []
     for name in given.only:
         ratio = RATIOS[name]
@@ -163,9 +170,8 @@ def main() -> int:
             f"{verdict:<6} {name}: {found[name]:.2f}, recorded {before}; {ratio.says}", flush=True
         )
     if given.record:
-        about = {"commit": commit(), "machine": machine()}
-        text = json.dumps({**about, "ratios": {**known["ratios"], **found}}, indent=1)
-        RECORDED.write_text(f"{text}\n")
+        known |= {"commit": commit(), "machine": machine(), "ratios": known["ratios"] | found}
+        RECORDED.write_text(f"{json.dumps(records, indent=1)}\n")
         return 0
     return int(bool(slower))
 

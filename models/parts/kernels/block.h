@@ -60,16 +60,11 @@ TARGET static int OF(block)(const float *x, int height, int width, int channels,
     for (long first = 0; first < cells; first += CELLS) {
         const int n = cells - first < CELLS ? (int)(cells - first) : CELLS;
         OF(seen)(x, height, width, channels, spread, own->window, own->window_bias, first, n, seen);
-        for (int t = 0; t < n; t++) {
-            memcpy(thought + (size_t)t * wide, own->widen_bias, wide * sizeof(float));
-            memcpy(sums + (size_t)t * padded, own->narrow_bias, padded * sizeof(float));
-        }
-        for (int f = 0; f < wide; f += PANEL)
-            OF(products)(seen, channels, n, channels, own->widen + f, wide, 1, thought + f, wide);
-        for (size_t i = 0; i < (size_t)n * wide; i++)
-            thought[i] = thought[i] < 0 ? 0 : thought[i]; /* what is no number stays so */
-        for (int f = 0; f < padded; f += PANEL)
-            OF(products)(thought, wide, n, inside, own->narrow + f, padded, 1, sums + f, padded);
+        OF(biased)(own->widen_bias, n, wide, thought);
+        OF(layered)(seen, channels, n, channels, own->widen, wide, thought);
+        OF(cut_off)(thought, (size_t)n * wide);
+        OF(biased)(own->narrow_bias, n, padded, sums);
+        OF(layered)(thought, wide, n, inside, own->narrow, padded, sums);
         for (int t = 0; t < n; t++) {
             const float *was = x + (first + t) * channels, *sum = sums + (size_t)t * padded;
             float *to = out + (first + t) * channels;

@@ -42,3 +42,25 @@ TARGET static void OF(products)(const float *v, int of_v, int rows, int deep, co
     SOME(1);
 #undef SOME
 }
+
+/* Adds what a layer makes of n rows of v: weights are [deep][wide], outputs a multiple of PANEL. */
+TARGET static void OF(layered)(const float *v, int of_v, int n, int deep, const float *weight,
+                               int wide, float *out)
+{
+    for (int f = 0; f < wide; f += PANEL)
+        OF(products)(v, of_v, n, deep, weight + f, wide, 1, out + f, wide);
+}
+
+/* n rows that begin as a layer's bias. */
+TARGET INLINE void OF(biased)(const float *bias, int n, int wide, float *out)
+{
+    for (int t = 0; t < n; t++)
+        memcpy(out + (size_t)t * wide, bias, wide * sizeof(float));
+}
+
+/* ReLU of n values, in place; what is no number stays so. */
+TARGET INLINE void OF(cut_off)(float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = x[i] < 0 ? 0 : x[i];
+}

@@ -181,20 +181,16 @@ TARGET static int OF(classify)(const struct maps *maps, int height, int width, i
         for (int x = 0; x < width; x += PANEL) {
             const int n = width - x < PANEL ? width - x : PANEL;
             const size_t at = (size_t)y * width + x;
-            for (int t = 0; t < n; t++)
-                memcpy(cells + t * padded, maps->bias, padded * sizeof(float));
+            OF(biased)(maps->bias, n, padded, cells);
             OF(widened)(at_half, x, n, width, 2, features, padded, cells);
             OF(widened)(at_quarter, x, n, width, 4, features, padded, cells);
-            for (int f = 0; f < padded; f += PANEL)
-                OF(products)(maps->fine + at * own, own, n, own, maps->lateral + f, padded, 1,
-                             cells + f, padded);
+            OF(layered)(maps->fine + at * own, own, n, own, maps->lateral, padded, cells);
             OF(turned)(cells, n, padded, normal, known);
             OF(normalised)(known, features, epsilon, normal);
             OF(told)(ask, heads, experts, features, normal, shares, features, 1, known);
             OF(normalised)(known, features, epsilon, normal);
             OF(linear)(think->widen, think->widen_bias, thoughts, features, normal, 0, thought);
-            for (size_t i = 0; i < TILE(thoughts); i++)
-                thought[i] = thought[i] < 0 ? 0 : thought[i]; /* what is no number stays so */
+            OF(cut_off)(thought, TILE(thoughts));
             OF(linear)(think->head, think->bias, classes, features, known, 0, scores);
             OF(products)(think->narrow, thoughts, classes, thoughts, thought, PANEL, 1, scores, PANEL);
             OF(put)(scores, classes, n, out, (long)height * width, (long)at);

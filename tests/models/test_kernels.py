@@ -321,15 +321,15 @@ def test_rows_of_a_picture_that_was_turned_without_a_copy_are_read_as_they_stand
 @pytest.mark.usefixtures("instructions")
 def test_kernels_and_maps_that_c_would_misread_are_refused():
     conv = Winograd(torch.nn.Conv2d(16, 8, 3, padding=1))
-    x_HWC = torch.randn(8, 8, 16)
+    x_1HWC = torch.randn(1, 8, 8, 16)
     with pytest.raises(ValueError, match="for C the map must be 1024 float32"):
-        conv(x_HWC.double())
+        conv(x_1HWC.double())
     with pytest.raises(ValueError, match="the map"):
-        conv(x_HWC.transpose(0, 1))
+        conv(x_1HWC.transpose(1, 2))
     with pytest.raises(ValueError, match="the kernel"):
-        conv(torch.randn(8, 8, 32))
+        conv(torch.randn(1, 8, 8, 32))
     with pytest.raises(ValueError, match=r"the kernel .*bfloat16"):
-        conv.bfloat16()(x_HWC)
+        conv.bfloat16()(x_1HWC)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -348,12 +348,12 @@ def test_a_folded_model_may_be_given_another_memory_format():
 @torch.inference_mode()
 def test_want_of_memory_is_known_as_such_from_within_a_recording(monkeypatch):
     conv = Winograd(torch.nn.Conv2d(16, 8, 3, padding=1))
-    x_HWC = torch.randn(8, 8, 16)
-    recorded = torch.jit.trace(conv, x_HWC, check_trace=False)
+    x_1HWC = torch.randn(1, 8, 8, 16)
+    recorded = torch.jit.trace(conv, x_1HWC, check_trace=False)
     full = SimpleNamespace(lanes=kernels.LIBRARY.lanes, winograd=lambda *_: kernels.NO_MEMORY)
     monkeypatch.setattr(kernels, "LIBRARY", full)
 
     with pytest.raises(RuntimeError) as error:
-        recorded(x_HWC)
+        recorded(x_1HWC)
 
     assert out_of_memory(error.value)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     Array = np.ndarray
 
 COMPILED = "maskfleet_kernels"  # pyproject.toml
-INTERFACE, NO_MEMORY, NO_NUMBER = 3, 1, 2  # kernels.c
+INTERFACE, NO_MEMORY, NO_NUMBER = 4, 1, 2  # kernels.c
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _HALVED_TWICE = ctypes.CFUNCTYPE(
     _INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, _INT, *(_POINTER,) * 2, _INT, _POINTER
 )
-_WINOGRAD = ctypes.CFUNCTYPE(_INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, *(_INT,) * 4, _POINTER)
+_WINOGRAD = ctypes.CFUNCTYPE(_INT, _POINTER, *(_INT,) * 3, *(_POINTER,) * 2, _INT, _POINTER)
 _FINISH = ctypes.CFUNCTYPE(
     _INT, _POINTER, _INT, *(_LONG,) * 2, *(_INT,) * 8, *(_POINTER,) * 2, *(_INT,) * 2,
     *(_POINTER,) * 4,

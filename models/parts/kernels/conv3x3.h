@@ -1,64 +1,12 @@
-/* 3 x 3 convolutions of stride 1 with a border of one zero, rows of pixels of channels (HWC).
+/* 3 x 3 convolutions of stride 1 with a border of one zero, rows of pixels of channels (HWC), by
+   minimal filtering as in Lavin and Gray 2016 (arXiv 1509.09308).
 
-   `halved` is for few channels: the direct sums, of four neighbours at a time, of which ReLU and the
-   2 x 2 maximum leave one. `winograd` is for many: F(4 x 4, 3 x 3) as in Lavin and Gray 2016 (arXiv
-   1509.09308), 36 products of matrices instead of the 144 that 16 outputs would take. Kernels come
-   packed: [.., panels of features, channels, PANEL], zeros behind the last feature. `halved_twice` is
-   one behind the other, of which no more is kept than what the second reads next. */
-
-/* A picture's rows `top` to `top + rows` of the halved map; those beyond the map are zeros. */
-TARGET static int OF(halved)(const float *x, int height, int width, int channels,
-                             const float *kernel, const float *bias, int features, int top,
-                             int rows, float *out)
-{
-    const int w = width / 2, window = 3 * channels;
-    const size_t row = (size_t)(width + 2) * channels;
-    float *near = floats(4 * row); /* the four rows that two rows of outputs read */
-    if (!near)
-        return NO_MEMORY;
-    memset(near, 0, 4 * row * sizeof(float));
-    for (int y = top; y < top + rows; y++, out += (size_t)w * features) {
-        if (y < 0 || y >= height / 2) {
-            memset(out, 0, (size_t)w * features * sizeof(float));
-            continue;
-        }
-        for (int i = 0; i < 4; i++) {
-            int from = 2 * y - 1 + i;
-            float *inside = near + i * row + channels;
-            size_t bytes = (size_t)width * channels * sizeof(float);
-            if (from < 0 || from >= height)
-                memset(inside, 0, bytes);
-            else
-                memcpy(inside, x + (size_t)from * width * channels, bytes);
-        }
-        for (int f = 0; f < features; f += PANEL)
-            for (int col = 0; col < w; col++) {
-                Floats a0 = {0}, a1 = a0, b0 = a0, b1 = a0, c0 = a0, c1 = a0, d0 = a0, d1 = a0;
-                const float *k = kernel + (size_t)f * 3 * window;
-                for (int dy = 0; dy < 3; dy++) {
-                    const float *upper = near + dy * row + (size_t)2 * col * channels;
-                    const float *lower = upper + row;
-                    for (int i = 0; i < window; i++, k += PANEL) {
-                        Floats k0 = AT(k), k1 = AT(k + LANES);
-                        a0 += upper[i] * k0, a1 += upper[i] * k1;
-                        b0 += upper[i + channels] * k0, b1 += upper[i + channels] * k1;
-                        c0 += lower[i] * k0, c1 += lower[i] * k1;
-                        d0 += lower[i + channels] * k0, d1 += lower[i + channels] * k1;
-                    }
-                }
-                Floats most[2] = {
-                    OF(greater)(OF(greater)(a0, b0), OF(greater)(c0, d0)) + AT(bias + f),
-                    OF(greater)(OF(greater)(a1, b1), OF(greater)(c1, d1)) + AT(bias + f + LANES),
-                };
-                most[0] = OF(greater)(most[0], (Floats){0});
-                most[1] = OF(greater)(most[1], (Floats){0});
-                int keep = features - f < PANEL ? features - f : PANEL;
-                memcpy(out + (size_t)col * features + f, most, keep * sizeof(float));
-            }
-    }
-    free(near);
-    return DONE;
-}
+   `winograd` is for many channels: F(4 x 4, 3 x 3), 36 products of matrices for the 144 that 16 outputs
+   would take. `halved` is for few, of which the transforms would cost more than they save: F(4, 3) of
+   columns alone, 18 products for 36; of four neighbours ReLU and the 2 x 2 maximum leave one.
+   `halved_twice` is one behind the other, of which no more is kept than what the second reads next.
+   Kernels come transformed and packed, zeros behind the last feature: [panels of features][6 or 36]
+   [channels, or 3 columns of them][PANEL]. */
 
 /* B^T of Lavin and Gray for the points 0, +-NEAR, +-FAR and infinity (conv3x3.py says why those): n
    values of each of six rows. */
@@ -99,95 +47,195 @@ TARGET INLINE void OF(unmixed)(const Floats m[6], Floats out[4])
     out[3] = NEAR2 * NEAR * near_less + FAR2 * FAR * far_less + m[5];
 }
 
-#define AT_ONCE (1 << 20) /* bytes of tiles and their products, or a little more (1/4 to 2 MB: alike) */
-#define LEAST 48 /* tiles at least, for which all of a kernel is read once */
+/* LANES features of a pixel, of which `left` are wanted. */
+TARGET INLINE void OF(stored)(Floats value, int left, float *out)
+{
+    if (left >= LANES)
+        *(Floats *)out = value;
+    else
+        memcpy(out, &value, left * sizeof(float));
+}
+
+/* The same of four pixels, after the maximum, the bias and ReLU. */
+TARGET INLINE void OF(pooled)(const Floats upper[2], const Floats lower[2], Floats bias, int left,
+                              float *out)
+{
+    Floats most = OF(greater)(OF(greater)(upper[0], upper[1]), OF(greater)(lower[0], lower[1]));
+    OF(stored)(OF(positive)(most + bias), left, out);
+}
+
+#define COLUMNS 48 /* whose sums stay in the innermost cache (24 to 96: alike) */
+
+/* A picture's rows `top` to `top + rows` of the halved map; those beyond the map are zeros. */
+TARGET static int OF(halved)(const float *x, int height, int width, int channels,
+                             const float *kernel, const float *bias, int features, int top,
+                             int rows, float *out)
+{
+    const int w = width / 2, window = 3 * channels;
+    const size_t inside = (size_t)width * channels, of_plane = inside + 2 * channels;
+    const size_t of_m = COLUMNS * PANEL, of_row = (size_t)w * features;
+    float *m = floats(6 * of_m + 6 * of_plane + inside);
+    if (!m)
+        return NO_MEMORY;
+    float *planes = m + 6 * of_m, *nothing = planes + 6 * of_plane;
+    memset(planes, 0, (6 * of_plane + inside) * sizeof(float)); /* beside the map and beyond it */
+    for (int i = 0; i < rows; i += 2) {
+        const int y = top + i, some = rows - i < 2 ? 1 : 2;
+        const float *six[6];
+        for (int r = 0; r < 6; r++) {
+            int from = 2 * y - 1 + r;
+            six[r] = from < 0 || from >= height ? nothing : x + from * inside;
+        }
+        OF(mixed)(six, inside, planes + channels, of_plane);
+        for (int f = 0; f < features; f += PANEL)
+            for (int first = 0; first < 2 * w; first += COLUMNS) {
+                const int n = 2 * w - first < COLUMNS ? 2 * w - first : COLUMNS;
+                const float *panel = kernel + (size_t)6 * f * window;
+                for (int p = 0; p < 6; p++, panel += (size_t)window * PANEL)
+                    OF(products)(planes + p * of_plane + (size_t)first * channels, channels, n,
+                                 window, panel, PANEL, 0, m + p * of_m, PANEL);
+                for (int g = f; g < f + PANEL && g < features; g += LANES)
+                    for (int column = 0; column < n; column += 2) {
+                        const float *sums = m + (size_t)column * PANEL + g - f;
+                        Floats left[6], right[6], four[2][4];
+                        for (int p = 0; p < 6; p++) {
+                            left[p] = AT(sums + p * of_m);
+                            right[p] = AT(sums + p * of_m + PANEL);
+                        }
+                        OF(unmixed)(left, four[0]);
+                        OF(unmixed)(right, four[1]);
+                        float *to = out + (size_t)(first + column) / 2 * features + g;
+                        OF(pooled)(four[0], four[1], AT(bias + g), features - g, to);
+                        if (some > 1)
+                            OF(pooled)(four[0] + 2, four[1] + 2, AT(bias + g), features - g,
+                                       to + of_row);
+                    }
+            }
+        for (int r = 0; r < some; r++, out += of_row)
+            if (y + r < 0 || y + r >= height / 2)
+                memset(out, 0, of_row * sizeof(float));
+    }
+    free(m);
+    return DONE;
+}
+
+#define STRIP 12 /* tiles whose rows stay in the innermost cache between the two transforms */
+
+/* B^T x B of n tiles, the first at pixel row y and column 4 * tile less one each: v, [36][of_v]. */
+TARGET static void OF(tiles_in)(const float *x, int height, int width, int channels, int y, int tile,
+                                int n, const float *nothing, float *planes, float *v, size_t of_v)
+{
+    const size_t of_plane = (4 * STRIP + 2) * channels;
+    for (int done = 0; done < n; done += STRIP, v += (size_t)STRIP * channels) {
+        const int some = n - done < STRIP ? n - done : STRIP;
+        const int left = 4 * (tile + done) - 1, right = left + 4 * some + 2; /* columns that are read */
+        const int first = left < 0 ? 0 : left, last = right < width ? right : width;
+        const float *six[6];
+        for (int i = 0; i < 6; i++)
+            six[i] = y - 1 + i < 0 || y - 1 + i >= height
+                         ? nothing : x + ((size_t)(y - 1 + i) * width + first) * channels;
+        for (int p = 0; p < 6; p++) { /* zeros beside the map */
+            float *plane = planes + p * of_plane;
+            memset(plane, 0, (size_t)(first - left) * channels * sizeof(float));
+            memset(plane + (size_t)(last - left) * channels, 0,
+                   (size_t)(right - last) * channels * sizeof(float));
+        }
+        OF(mixed)(six, (size_t)(last - first) * channels, planes + (size_t)(first - left) * channels,
+                  of_plane);
+        for (int p = 0; p < 6; p++)
+            for (int t = 0; t < some; t++) {
+                for (int i = 0; i < 6; i++)
+                    six[i] = planes + p * of_plane + (size_t)(4 * t + i) * channels;
+                OF(mixed)(six, channels, v + 6 * p * of_v + (size_t)t * channels, of_v);
+            }
+    }
+}
+
+/* A^T m A of LANES features of a tile, m [36][PANEL], and what follows: rows x columns of pixels, at
+   most 4 x 4, or 2 x 2 halved ones. */
+TARGET INLINE void OF(tile_out)(const float *m, Floats bias, int left, int halve, int rows,
+                                int columns, float *out, size_t of_row, int features)
+{
+    Floats half[4][6], done[4][4];
+    for (int q = 0; q < 6; q++) {
+        Floats six[6], four[4];
+        for (int p = 0; p < 6; p++)
+            six[p] = AT(m + (6 * p + q) * PANEL);
+        OF(unmixed)(six, four);
+        for (int i = 0; i < 4; i++)
+            half[i][q] = four[i];
+    }
+    for (int i = 0; i < 4; i++)
+        OF(unmixed)(half[i], done[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            float *to = out + i * of_row + (size_t)j * features;
+            if (i >= rows || j >= columns)
+                continue;
+            if (!halve)
+                OF(stored)(done[i][j] + bias, left, to);
+            else if (i < 2 && j < 2)
+                OF(pooled)(done[2 * i] + 2 * j, done[2 * i + 1] + 2 * j, bias, left, to);
+        }
+}
+
+#define AT_ONCE (1 << 18) /* bytes of tiles and their sums, or a little more (1/8 to 1/2 MB: alike) */
+#define LEAST 12 /* tiles at least, for which all of a kernel is read once */
 #define DEEP 256 /* channels of a panel that stay in the innermost cache */
 
 /* `rows` rows of outputs from row `top` of x on, or half as many and half as wide: after ReLU and a
    2 x 2 maximum. Beyond x are zeros. */
-TARGET static int OF(winograd)(const float *x, int height, int width, int channels,
+TARGET static int OF(by_tiles)(const float *x, int height, int width, int channels,
                                const float *kernel, const float *bias, int features, int top,
                                int rows, int halve, float *out)
 {
-    const int padded = (int)up_to(features, PANEL), tiles = (width + 3) / 4, side = halve ? 2 : 4;
+    const int tiles = (width + 3) / 4, side = halve ? 2 : 4;
     const int out_rows = halve ? rows / 2 : rows, out_width = halve ? width / 2 : width;
-    size_t each = AT_ONCE / (36 * sizeof(float) * (channels + padded));
+    size_t each = AT_ONCE / (36 * sizeof(float) * (channels + PANEL));
     each = up_to(each < LEAST ? LEAST : each, ROWS);
     each = each < up_to(tiles, ROWS) ? each : up_to(tiles, ROWS);
-    const size_t of_plane = (4 * each + 2) * channels;
-    const size_t of_v = each * channels, of_m = each * padded;
-    float *planes = floats(7 * of_plane + 36 * (of_v + of_m));
-    if (!planes)
+    const size_t of_v = each * channels, of_m = 36 * PANEL, of_row = (size_t)out_width * features;
+    const size_t of_plane = (4 * STRIP + 2) * (size_t)channels;
+    float *m = floats(each * of_m + 36 * of_v + 7 * of_plane);
+    if (!m)
         return NO_MEMORY;
-    float *nothing = planes + 6 * of_plane, *v = nothing + of_plane, *m = v + 36 * of_v;
+    float *v = m + each * of_m, *planes = v + 36 * of_v, *nothing = planes + 6 * of_plane;
     memset(nothing, 0, of_plane * sizeof(float)); /* beyond the map */
 
-    for (int group = 0; side * group < out_rows; group++)
-        for (int t0 = 0; t0 < tiles; t0 += (int)each) {
-            const int n = tiles - t0 < (int)each ? tiles - t0 : (int)each;
-            const int left = 4 * t0 - 1, right = 4 * (t0 + n) + 1; /* columns that are read */
-            const int first = left < 0 ? 0 : left, last = right < width ? right : width;
-            const float *six[6];
-            for (int i = 0; i < 6; i++) {
-                int y = top + 4 * group - 1 + i;
-                six[i] = y < 0 || y >= height ? nothing : x + ((size_t)y * width + first) * channels;
-            }
-            for (int p = 0; p < 6; p++) { /* zeros beside the map */
-                float *plane = planes + p * of_plane;
-                memset(plane, 0, (size_t)(first - left) * channels * sizeof(float));
-                memset(plane + (size_t)(last - left) * channels, 0,
-                       (size_t)(right - last) * channels * sizeof(float));
-            }
-            OF(mixed)(six, (size_t)(last - first) * channels,
-                      planes + (size_t)(first - left) * channels, of_plane);
-            for (int p = 0; p < 6; p++)
-                for (int t = 0; t < n; t++) {
-                    for (int i = 0; i < 6; i++)
-                        six[i] = planes + p * of_plane + (size_t)(4 * t + i) * channels;
-                    OF(mixed)(six, channels, v + 6 * p * of_v + (size_t)t * channels, of_v);
-                }
-            for (int p = 0; p < 36; p++)
-                for (int c = 0; c < channels; c += DEEP)
-                    for (int f = 0; f < padded; f += PANEL) {
-                        const float *panel = kernel + ((size_t)p * padded + f) * channels + c * PANEL;
+    for (int y = 0; y < out_rows; y += side)
+        for (int tile = 0; tile < tiles; tile += (int)each) {
+            const int n = tiles - tile < (int)each ? tiles - tile : (int)each;
+            OF(tiles_in)(x, height, width, channels, top + 4 * (y / side), tile, n, nothing, planes, v,
+                         of_v);
+            for (int f = 0; f < features; f += PANEL) {
+                const float *panel = kernel + (size_t)36 * f * channels;
+                for (int p = 0; p < 36; p++)
+                    for (int c = 0; c < channels; c += DEEP) {
                         int deep = channels - c < DEEP ? channels - c : DEEP;
                         OF(products)(v + p * of_v + c, channels, n, deep, panel, PANEL, c > 0,
-                                     m + p * of_m + f, padded);
+                                     m + p * PANEL, (int)of_m);
+                        panel += (size_t)deep * PANEL;
                     }
-            for (int t = 0; t < n; t++)
-                for (int f = 0; f < features; f += LANES) {
-                    Floats half[4][6], done[4][4];
-                    const size_t keep = (features - f < LANES ? features - f : LANES) * sizeof(float);
-                    for (int q = 0; q < 6; q++) {
-                        Floats six[6], four[4];
-                        for (int p = 0; p < 6; p++)
-                            six[p] = AT(m + (6 * p + q) * of_m + (size_t)t * padded + f);
-                        OF(unmixed)(six, four);
-                        for (int i = 0; i < 4; i++)
-                            half[i][q] = four[i];
+                for (int g = f; g < f + PANEL && g < features; g += LANES)
+                    for (int t = 0; t < n; t++) {
+                        const int column = side * (tile + t);
+                        const int i = out_rows - y < side ? out_rows - y : side;
+                        const int j = out_width - column < side ? out_width - column : side;
+                        OF(tile_out)(m + t * of_m + g - f, AT(bias + g), features - g, halve, i, j,
+                                     out + y * of_row + (size_t)column * features + g, of_row, features);
                     }
-                    for (int i = 0; i < 4; i++) {
-                        OF(unmixed)(half[i], done[i]);
-                        for (int j = 0; j < 4; j++)
-                            done[i][j] += AT(bias + f);
-                    }
-                    if (halve)
-                        for (int i = 0; i < 2; i++)
-                            for (int j = 0; j < 2; j++) {
-                                Floats *upper = done[2 * i] + 2 * j, *lower = done[2 * i + 1] + 2 * j;
-                                Floats most = OF(greater)(OF(greater)(upper[0], upper[1]),
-                                                          OF(greater)(lower[0], lower[1]));
-                                done[i][j] = OF(greater)(most, (Floats){0});
-                            }
-                    for (int i = 0; i < side && side * group + i < out_rows; i++)
-                        for (int j = 0; j < side && side * (t0 + t) + j < out_width; j++) {
-                            size_t pixel = (size_t)(side * group + i) * out_width + side * (t0 + t) + j;
-                            memcpy(out + pixel * features + f, &done[i][j], keep);
-                        }
-                }
+            }
         }
-    free(planes);
+    free(m);
     return DONE;
+}
+
+TARGET static int OF(winograd)(const float *x, int height, int width, int channels,
+                               const float *kernel, const float *bias, int features, float *out)
+{
+    return OF(by_tiles)(x, height, width, channels, kernel, bias, features, 0, height, 0, out);
 }
 
 /* Two convolutions, each with a 2 x 2 maximum and ReLU behind it: a quarter as many rows and columns. */
@@ -206,7 +254,7 @@ TARGET static int OF(halved_twice)(const float *x, int height, int width, int ch
         said = OF(halved)(x, height, width, channels, first, first_bias, between, y - 1 + kept,
                           6 - kept, near + kept * row);
         if (said == DONE)
-            said = OF(winograd)(near, 6, w, between, second, second_bias, features, 1, wanted, 1,
+            said = OF(by_tiles)(near, 6, w, between, second, second_bias, features, 1, wanted, 1,
                                 out + (size_t)(y / 2) * (w / 2) * features);
     }
     free(near);
@@ -218,6 +266,8 @@ TARGET static int OF(halved_twice)(const float *x, int height, int width, int ch
 #undef FAR
 #undef NEAR2
 #undef FAR2
+#undef COLUMNS
+#undef STRIP
 #undef AT_ONCE
 #undef LEAST
 #undef DEEP

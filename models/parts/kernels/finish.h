@@ -37,16 +37,51 @@ TARGET static void OF(row)(const float *restrict above, const float *restrict be
 }
 
 /* Adds a row to the first, second, .. of WAYS counts and sums by turns: neighbours, which are often of
-   one class, need not wait for each other. Class -1 counts in a place of its own behind the last. */
+   one class, need not wait for each other. What class -1 counts is in the place before the first. */
 #define WAYS 4
 TARGET INLINE void OF(count)(const int32_t *index, const float *sure, int n, int classes,
                              int64_t *counts, double *sums)
 {
-    for (int x = 0; x < n; x++) {
-        const size_t place = (size_t)(x % WAYS) * (classes + 1) + (index[x] < 0 ? classes : index[x]);
-        counts[place]++;
-        sums[place] += sure[x];
-    }
+    const long apart = classes + 1;
+    for (int x = 0; x < n; x += WAYS)
+#pragma GCC unroll 4
+        for (int way = 0; way < WAYS; way++) {
+            if (x + way >= n)
+                break;
+            const long place = way * apart + 1 + index[x + way];
+            counts[place]++;
+            sums[place] += sure[x + way];
+        }
+}
+
+/* Where LANES neighbours lie between cells of a row. */
+struct OF(stretch) {
+    int first, near; /* near: LANES cells, the first of them this, are all that they lie between */
+    int32_t left[LANES], right[LANES]; /* cells, from that one on */
+    float share[LANES];
+};
+
+TARGET INLINE void OF(stretched)(int x, int w, int width, struct OF(stretch) *out)
+{
+    for (int i = 0; i < LANES; i++) /* beyond the last pixel: as there */
+        OF(between)(x + i < width ? x + i : width - 1, w, width, out->left + i, out->right + i,
+                    out->share + i);
+    out->first = out->left[0] + LANES <= w || w < LANES ? out->left[0] : w - LANES;
+    out->near = w >= LANES && out->right[LANES - 1] - out->first < LANES;
+    for (int i = 0; i < LANES; i++)
+        out->left[i] -= out->first, out->right[i] -= out->first;
+}
+
+TARGET INLINE Floats OF(picked)(const float *cells, int near, const int32_t *which)
+{
+    float out[LANES];
+#ifdef PICKED
+    if (near)
+        return PICKED(AT(cells), *(const Ints *)which);
+#endif
+    for (int i = 0; i < LANES; i++)
+        out[i] = cells[which[i]];
+    return AT(out);
 }
 
 /* Pixel rows y0 to y1 of a picture, `wanted` columns of each.
@@ -60,8 +95,9 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                              const uint8_t *blank, const int32_t *ids, int fill, int bytes,
                              void *labels, uint8_t *certainty, int64_t *counts, double *sums)
 {
-    _Alignas(64) float best[COLUMNS], sure[COLUMNS], shares[COLUMNS];
-    _Alignas(64) int32_t index[COLUMNS], left[COLUMNS], right[COLUMNS];
+    _Alignas(64) float best[COLUMNS], sure[COLUMNS];
+    _Alignas(64) int32_t index[COLUMNS];
+    struct OF(stretch) stretches[COLUMNS / LANES];
     const size_t plane = (size_t)classes * COLUMNS;
     int32_t upper, lower;
     float share;
@@ -93,8 +129,8 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
     for (int x0 = 0; x0 < wanted; x0 += COLUMNS) {
         const int n = wanted - x0 < COLUMNS ? wanted - x0 : COLUMNS;
         int32_t there[2] = {-1, -1};
-        for (int x = 0; x < n; x++)
-            OF(between)(x0 + x, w, width, left + x, right + x, shares + x);
+        for (int x = 0; x < n; x += LANES)
+            OF(stretched)(x0 + x, w, width, stretches + x / LANES);
         for (int y = y0; y < y1; y++) {
             OF(between)(y, h, height, &upper, &lower, &share);
             for (int32_t y_grid = upper; y_grid <= lower; y_grid++) {
@@ -104,8 +140,13 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                 for (int k = 0; k < classes; k++) {
                     const float *row = scores + k * of_class + (y_grid - g0) * of_row;
                     float *out = wide[y_grid & 1] + (size_t)k * COLUMNS;
-                    for (int x = 0; x < n; x++)
-                        out[x] = OCTAVE * ((1 - shares[x]) * row[left[x]] + shares[x] * row[right[x]]);
+                    for (int x = 0; x < n; x += LANES) {
+                        const struct OF(stretch) *at = stretches + x / LANES;
+                        const Floats before = OF(picked)(row + at->first, at->near, at->left);
+                        const Floats after = OF(picked)(row + at->first, at->near, at->right);
+                        *(Floats *)(out + x) =
+                            OCTAVE * ((1 - AT(at->share)) * before + AT(at->share) * after);
+                    }
                 }
             }
             OF(row)(wide[upper & 1], wide[lower & 1], classes, share, octaves, best, index, sure);
@@ -133,7 +174,7 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
     }
     for (int k = 0; k < classes; k++) {
         counts[k] = 0, sums[k] = 0;
-        for (size_t i = k; i < (size_t)WAYS * (classes + 1); i += classes + 1)
+        for (size_t i = k + 1; i < (size_t)WAYS * (classes + 1); i += classes + 1)
             counts[k] += counted[i], sums[k] += summed[i];
     }
     free(octaves), free(counted), free(summed);

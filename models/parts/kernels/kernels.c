@@ -9,15 +9,18 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 /* Raised whenever something below takes or gives something else; __init__.py asks for it. */
-const int maskfleet_interface = 3;
+const int maskfleet_interface = 4;
 
 typedef int halved_twice_t(const float *x, int height, int width, int channels, const float *first,
                            const float *first_bias, int between, const float *second,
                            const float *second_bias, int features, float *out);
 typedef int winograd_t(const float *x, int height, int width, int channels, const float *kernel,
-                       const float *bias, int features, int top, int rows, int halve, float *out);
+                       const float *bias, int features, float *out);
 
 /* A window of each channel's own, and two layers: rows of inputs, outputs up to a multiple of PANEL. */
 struct block {
@@ -77,6 +80,7 @@ struct set {
 enum { DONE, NO_MEMORY, NO_NUMBER };
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define JOINED(a, b) a##_##b
 #define JOIN(a, b) JOINED(a, b)
 #define OF(name) JOIN(name, SET) /* this name, of the set that is being compiled */
@@ -98,10 +102,13 @@ static size_t up_to(size_t n, size_t multiple)
 #endif
 
 /* LANES: floats of a register. ROWS: twice as many sums stay in registers, beside their terms. LOWER
-   and UPPER: the values of two registers in turn, of their lower and upper halves. */
+   and UPPER: the values of two registers in turn, of their lower and upper halves. GREATER: b where
+   one is no number. PICKED: of a register the values at these places. */
 #if defined(__x86_64__)
 #define SET avx512
 #define LANES 16
+#define GREATER(a, b) (Floats)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define PICKED(cells, index) (Floats)_mm512_permutexvar_ps((__m512i)(index), (__m512)(cells))
 #define ROWS 12
 #define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -110,6 +117,8 @@ static size_t up_to(size_t n, size_t multiple)
 
 #define SET avx2
 #define LANES 8
+#define GREATER(a, b) (Floats)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define PICKED(cells, index) (Floats)_mm256_permutevar8x32_ps((__m256)(cells), (__m256i)(index))
 #define ROWS 6
 #define LOWER 0, 8, 1, 9, 2, 10, 3, 11
 #define UPPER 4, 12, 5, 13, 6, 14, 7, 15

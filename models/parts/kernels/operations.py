@@ -24,10 +24,10 @@ def serves(x: Tensor) -> bool:
 
 
 def packed(kernel_NCF: Tensor) -> Tensor:
-    """Kernels as C reads them, panel by panel, zeros behind the last feature: kernel_n."""
+    """Kernels as C reads them, each panel of features of all, zeros behind the last: kernel_n."""
     panel = 2 * kernels.LIBRARY.lanes
     padded = pad(kernel_NCF, (0, -kernel_NCF.shape[2] % panel))
-    return padded.unflatten(2, (-1, panel)).transpose(1, 2).to(torch.float32).flatten()
+    return padded.unflatten(2, (-1, panel)).permute(2, 0, 1, 3).to(torch.float32).flatten()
 
 
 def packed_bias(bias_F: Tensor | None, features: int) -> Tensor:
@@ -52,7 +52,7 @@ def _in_panels(n: int) -> int:
 
 
 def _halved_twice(
-    x_HWC: Tensor,
+    x_BHWC: Tensor,
     first_n: Tensor,
     first_bias: Tensor,
     between: int,
@@ -60,43 +60,41 @@ def _halved_twice(
     second_bias: Tensor,
     features: int,
 ) -> Tensor:
-    """Two 3 x 3 convolutions, each with its 2 x 2 maximum and ReLU behind it: out_hwF.
+    """Two 3 x 3 convolutions, each with its 2 x 2 maximum and ReLU behind it: out_BhwF.
 
-    The second kernel is a transformed one; both are packed, as are biases.
+    Kernels are transformed ones, the first of columns alone; they are packed, as are biases.
     """
-    height, width, channels = x_HWC.shape
-    _check(x_HWC, first_n, first_bias, 9 * channels, between)
-    _check(x_HWC, second_n, second_bias, 36 * between, features)
-    out_hwF = x_HWC.new_empty(height // 4, width // 4, features)
+    batch, height, width, channels = x_BHWC.shape
+    _check(x_BHWC, first_n, first_bias, 18 * channels, between)
+    _check(x_BHWC, second_n, second_bias, 36 * between, features)
+    out_BhwF = x_BHWC.new_empty(batch, height // 4, width // 4, features)
     first = first_n.data_ptr(), first_bias.data_ptr(), between
     second = second_n.data_ptr(), second_bias.data_ptr(), features
     about = height, width, channels, *first, *second
-    done(kernels.LIBRARY.halved_twice(x_HWC.data_ptr(), *about, out_hwF.data_ptr()))
-    return out_hwF
+    for x_HWC, out_hwF in zip(x_BHWC, out_BhwF, strict=True):
+        done(kernels.LIBRARY.halved_twice(x_HWC.data_ptr(), *about, out_hwF.data_ptr()))
+    return out_BhwF
 
 
-def _winograd(
-    x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int, halve: bool
-) -> Tensor:
-    """A 3 x 3 convolution, or its 2 x 2 maximum and ReLU: out_HWF.
+def _winograd(x_BHWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int) -> Tensor:
+    """A 3 x 3 convolution: out_BHWF.
 
     Beyond the map lie zeros. The kernel is a transformed one, packed, as is the bias.
     """
-    height, width, channels = x_HWC.shape
-    _check(x_HWC, kernel_n, bias_F, 36 * channels, features)
-    shape = (height // 2, width // 2) if halve else (height, width)
-    out_HWF = x_HWC.new_empty(*shape, features)
+    batch, height, width, channels = x_BHWC.shape
+    _check(x_BHWC, kernel_n, bias_F, 36 * channels, features)
+    out_BHWF = x_BHWC.new_empty(batch, height, width, features)
     about = height, width, channels, kernel_n.data_ptr(), bias_F.data_ptr(), features
-    rest = 0, height, int(halve), out_HWF.data_ptr()  # all rows, from the first on
-    done(kernels.LIBRARY.winograd(x_HWC.data_ptr(), *about, *rest))
-    return out_HWF
+    for x_HWC, out_HWF in zip(x_BHWC, out_BHWF, strict=True):
+        done(kernels.LIBRARY.winograd(x_HWC.data_ptr(), *about, out_HWF.data_ptr()))
+    return out_BHWF
 
 
-def _check(x_HWC: Tensor, kernel_n: Tensor, bias_F: Tensor, terms: int, features: int) -> None:
+def _check(x_BHWC: Tensor, kernel_n: Tensor, bias_F: Tensor, terms: int, features: int) -> None:
     """Whether C may read as many numbers as it will: kernels may have come from elsewhere."""
     padded = _in_panels(features)
     kernel, bias = (kernel_n, terms * padded), (bias_F, padded)
-    _in_a_row(kernel=kernel, bias=bias, map=(x_HWC, x_HWC.numel()))
+    _in_a_row(kernel=kernel, bias=bias, map=(x_BHWC, x_BHWC.numel()))
 
 
 def _in_a_row(**parts: tuple[Tensor, int]) -> None:
@@ -258,7 +256,7 @@ _ASKED = "Tensor score, Tensor score_bias, Tensor answer, Tensor answer_bias, in
 for signature, work in {
     "halved_twice(Tensor x, Tensor first, Tensor first_bias, int between, Tensor second, "
     "Tensor second_bias, int features)": _halved_twice,
-    "winograd(Tensor x, Tensor kernel, Tensor bias, int features, bool halve)": _winograd,
+    "winograd(Tensor x, Tensor kernel, Tensor bias, int features)": _winograd,
     "block(Tensor x, int spread, Tensor window, Tensor window_bias, Tensor widen, "
     "Tensor widen_bias, Tensor narrow, Tensor narrow_bias)": _block,
     "read(Tensor x, Tensor query)": _read,

@@ -1,8 +1,9 @@
 /* Products of matrices small enough for a core's caches. */
 
 /* `rows` rows of v, at most ROWS, times a panel of `deep` rows of PANEL values; `more` adds to what
-   is there. The number of rows is a constant where this is called, so that sums are registers. */
-TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int deep,
+   is there. A row's values lie `apart`. The number of rows is a constant where this is called, so that
+   sums are registers. */
+TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int apart, int deep,
                                const float *panel, int of_panel, int more, float *m, int of_m)
 {
     Floats sums[ROWS][2];
@@ -11,11 +12,11 @@ TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int dee
         sums[i][0] = more ? AT(m + (size_t)i * of_m) : (Floats){0};
         sums[i][1] = more ? AT(m + (size_t)i * of_m + LANES) : (Floats){0};
     }
-    for (int c = 0; c < deep; c++, panel += of_panel) {
+    for (int c = 0; c < deep; c++, v += apart, panel += of_panel) {
         Floats p0 = AT(panel), p1 = AT(panel + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
-            float value = v[(size_t)i * of_v + c];
+            float value = v[(size_t)i * of_v];
             sums[i][0] += value * p0;
             sums[i][1] += value * p1;
         }
@@ -27,21 +28,34 @@ TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int dee
     }
 }
 
-/* The same for any number of rows. */
-TARGET static void OF(products)(const float *v, int of_v, int rows, int deep, const float *panel,
-                                int of_panel, int more, float *m, int of_m)
-{
-    int i = 0;
-#define SOME(n)                                                                                    \
+#define ALL_ROWS(of_v, apart)                                                                      \
+    int i = 0;                                                                                     \
+    SOME(ROWS, of_v, apart);                                                                       \
+    SOME(4, of_v, apart);                                                                          \
+    SOME(2, of_v, apart);                                                                          \
+    SOME(1, of_v, apart)
+#define SOME(n, of_v, apart)                                                                       \
     for (; i + n <= rows; i += n)                                                                  \
-        OF(product)(n, v + (size_t)i * of_v, of_v, deep, panel, of_panel, more,                    \
+        OF(product)(n, v + (size_t)i * of_v, of_v, apart, deep, panel, of_panel, more,             \
                     m + (size_t)i * of_m, of_m)
-    SOME(ROWS);
-    SOME(4);
-    SOME(2);
-    SOME(1);
-#undef SOME
+
+/* The same for any number of rows. Not inlined: what gcc makes of it elsewhere has no registers for
+   the sums. */
+TARGET APART void OF(products)(const float *v, int of_v, int rows, int deep, const float *panel,
+                               int of_panel, int more, float *m, int of_m)
+{
+    ALL_ROWS(of_v, 1);
 }
+
+/* The same for the columns of v. */
+TARGET APART void OF(products_turned)(const float *v, int of_v, int rows, int deep,
+                                      const float *panel, int of_panel, int more, float *m, int of_m)
+{
+    ALL_ROWS(1, of_v);
+}
+
+#undef ALL_ROWS
+#undef SOME
 
 /* Adds what a layer makes of n rows of v: weights are [deep][wide], outputs a multiple of PANEL. */
 TARGET static void OF(layered)(const float *v, int of_v, int n, int deep, const float *weight,

@@ -10,8 +10,22 @@ typedef int32_t OF(ints_of) __attribute__((vector_size(4 * LANES), aligned(4), m
 /* The greater one; what is no number stays so. */
 TARGET INLINE Floats OF(greater)(Floats a, Floats b)
 {
+#ifdef GREATER
+    return (Floats)((a != a) | (Ints)GREATER(a, b)); /* b if one is no number */
+#else
     Ints more = (a > b) | (a != a);
     return (Floats)((more & (Ints)a) | (~more & (Ints)b));
+#endif
+}
+
+/* ReLU; what is no number stays so. */
+TARGET INLINE Floats OF(positive)(Floats x)
+{
+#ifdef GREATER
+    return GREATER((Floats){0}, x);
+#else
+    return (Floats)(~(x < 0) & (Ints)x);
+#endif
 }
 
 #define OCTAVE 1.44269504f /* 1 / ln 2: of values times this, 2^x is what e^x was */
@@ -59,6 +73,8 @@ static const struct set OF(set) = {
 #undef AT
 #undef OCTAVE
 #undef SET
+#undef GREATER
+#undef PICKED
 #undef LANES
 #undef ROWS
 #undef LOWER

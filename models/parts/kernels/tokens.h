@@ -200,79 +200,77 @@ TARGET static int OF(classify)(const struct maps *maps, int height, int width, i
     return DONE;
 }
 
-/* n scores, BLOCK at most, as shares: 2^ of how far below the greatest they are, of these and of
-   `before`. That one is returned, and their sum. */
-TARGET static float OF(shared)(float *scores, int n, float before, float *sum)
+/* Scores of n tokens, BLOCK at most, [n][wide], a column for each query, as shares: 2^ of how far below
+   the greatest they are, of these and of `most` so far, which becomes it. `scale` is what earlier shares
+   are worth now. */
+TARGET static void OF(shared)(float *scores, int n, int wide, float *most, float *sums, float *scale)
 {
-    Floats best = (Floats){0} + before, sums = {0};
-    float most = before;
-    for (int i = n; i < (int)up_to(n, LANES); i++)
-        scores[i] = -INFINITY; /* no token */
-    for (int i = 0; i < n; i += LANES)
-        best = OF(greater)(AT(scores + i), best);
-    for (int j = 0; j < LANES; j++)
-        most = best[j] > most ? best[j] : most;
-    const float from = most == -INFINITY ? 0 : most; /* -inf less itself would be no number */
-    for (int i = 0; i < n; i += LANES)
-        sums += *(Floats *)(scores + i) = OF(exp2_of)((AT(scores + i) - from) * OCTAVE);
-    *sum = 0;
-    for (int j = 0; j < LANES; j++)
-        *sum += sums[j];
-    return most;
+    for (int r = 0; r < wide; r += LANES) {
+        Floats before = AT(most + r), best = before, sum = {0};
+        for (int t = 0; t < n; t++)
+            best = OF(greater)(AT(scores + (size_t)t * wide + r), best);
+        const Ints none = best == -INFINITY; /* -inf less itself would be no number */
+        const Floats from = (Floats)(~none & (Ints)best);
+        for (int t = 0; t < n; t++) {
+            float *own = scores + (size_t)t * wide + r;
+            sum += *(Floats *)own = OF(exp2_of)((AT(own) - from) * OCTAVE);
+        }
+        *(Floats *)(most + r) = best;
+        *(Floats *)(sums + r) = sum;
+        *(Floats *)(scale + r) = OF(exp2_of)((before - from) * OCTAVE);
+    }
 }
 
 /* `rows` fixed queries read all tokens: every one's mean of them, weighted by the softmax of its
    scores. Block by block, as Milakov and Gimelshein 2018 (arXiv 1805.02867): the sums so far are
-   scaled down whenever a greater score comes. */
+   scaled down whenever a greater score comes. Queries lie beside each other here, not tokens. */
 TARGET static int OF(read)(const float *x, long tokens, int features, const float *query, int rows,
                            float *out)
 {
-    const size_t padded = up_to(features, PANEL);
-    float *tile = floats(TILE(2 * padded) + (BLOCK + rows) * padded + (size_t)rows * (BLOCK + 1));
-    double *means = calloc(rows * (padded + 1), sizeof(double)); /* of any number of blocks */
-    if (!tile || !means) {
-        free(tile), free(means);
+    const int padded = (int)up_to(features, PANEL), wide = (int)up_to(rows, PANEL);
+    float *shares = floats((size_t)BLOCK * (wide + padded) + (size_t)rows * padded
+                           + (size_t)(features + 3) * wide);
+    double *means = calloc((size_t)rows * (padded + 1), sizeof(double)); /* of any number of blocks */
+    if (!shares || !means) {
+        free(shares), free(means);
         return NO_MEMORY;
     }
-    double *sums = means + rows * padded;
-    float *spare = tile + TILE(padded), *copied = spare + TILE(padded);
-    float *some = copied + BLOCK * padded, *shares = some + rows * padded;
-    float *most = shares + (size_t)rows * BLOCK;
-    memset(copied, 0, BLOCK * padded * sizeof(float));
+    double *sums = means + (size_t)rows * padded;
+    float *copied = shares + (size_t)BLOCK * wide, *some = copied + (size_t)BLOCK * padded;
+    float *most = some + (size_t)rows * padded, *sum = most + wide, *scale = sum + wide;
+    float *turned = scale + wide;
+    memset(turned, 0, (size_t)features * wide * sizeof(float));
     for (int r = 0; r < rows; r++)
+        for (int f = 0; f < features; f++)
+            turned[(size_t)f * wide + r] = query[(size_t)r * features + f];
+    memset(copied, 0, (size_t)BLOCK * padded * sizeof(float));
+    for (int r = 0; r < wide; r++)
         most[r] = -INFINITY;
     for (long t = 0; t < tokens; t += BLOCK) {
         const int n = tokens - t < BLOCK ? (int)(tokens - t) : BLOCK;
-        float sum;
         const float *own = x + t * features;
-        for (int i = 0; i < n; i += PANEL) {
-            OF(turned)(own + (size_t)i * features, n - i < PANEL ? n - i : PANEL, features, spare, tile);
-            OF(products)(query, features, rows, features, tile, PANEL, 0, shares + i, BLOCK);
-        }
-        for (int r = 0; r < rows; r++) {
-            const float before = most[r];
-            most[r] = OF(shared)(shares + (size_t)r * BLOCK, n, before, &sum);
-            const float scale = most[r] > before ? exp2f((before - most[r]) * OCTAVE) : 1;
-            sums[r] = sums[r] * scale + sum;
-            for (size_t f = 0; scale != 1 && f < padded; f++)
-                means[r * padded + f] *= scale;
-        }
-        if (padded != (size_t)features) {
+        for (int r = 0; r < wide; r += PANEL)
+            OF(products)(own, features, n, features, turned + r, wide, 0, shares + r, wide);
+        OF(shared)(shares, n, wide, most, sum, scale);
+        if (padded != features) {
             for (int i = 0; i < n; i++)
-                memcpy(copied + i * padded, own + (size_t)i * features, features * sizeof(float));
+                memcpy(copied + (size_t)i * padded, own + (size_t)i * features, features * sizeof(float));
             own = copied;
         }
-        for (size_t f = 0; f < padded; f += PANEL)
-            OF(products)(shares, BLOCK, rows, n, own + f, (int)padded, 0, some + f, (int)padded);
-        for (size_t i = 0; i < rows * padded; i++)
-            means[i] += some[i];
+        for (int f = 0; f < padded; f += PANEL)
+            OF(products_turned)(shares, wide, rows, n, own + f, padded, 0, some + f, padded);
+        for (int r = 0; r < rows; r++) {
+            sums[r] = sums[r] * scale[r] + sum[r];
+            for (size_t i = (size_t)r * padded; i < (size_t)(r + 1) * padded; i++)
+                means[i] = means[i] * scale[r] + some[i];
+        }
     }
     for (int r = 0; r < rows; r++) {
         const double sum_of_all = most[r] == -INFINITY ? NAN : sums[r]; /* as for any softmax */
         for (int f = 0; f < features; f++)
-            out[(size_t)r * features + f] = (float)(means[r * padded + f] / sum_of_all);
+            out[(size_t)r * features + f] = (float)(means[(size_t)r * padded + f] / sum_of_all);
     }
-    free(tile), free(means);
+    free(shares), free(means);
     return DONE;
 }
 

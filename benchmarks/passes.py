@@ -6,6 +6,7 @@ One thread, a picture of 480 x 352 pixels; milliseconds of processor time, the b
 that the ways take one after the other.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -79,6 +80,9 @@ def by(library: object, call: Callable[[], object]) -> object:
 @torch.inference_mode()
 def main() -> None:
     """Measure and record."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
     if kernels.LIBRARY is None:

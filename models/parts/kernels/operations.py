@@ -77,10 +77,7 @@ def _halved_twice(
 
 
 def _winograd(x_BHWC: Tensor, kernel_n: Tensor, bias_F: Tensor, features: int) -> Tensor:
-    """A 3 x 3 convolution: out_BHWF.
-
-    Beyond the map lie zeros. The kernel is a transformed one, packed, as is the bias.
-    """
+    """A 3 x 3 convolution: out_BHWF. The kernel is a transformed one, packed, as is the bias."""
     batch, height, width, channels = x_BHWC.shape
     _check(x_BHWC, kernel_n, bias_F, 36 * channels, features)
     out_BHWF = x_BHWC.new_empty(batch, height, width, features)

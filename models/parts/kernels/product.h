@@ -28,34 +28,35 @@ TARGET INLINE void OF(product)(const int rows, const float *v, int of_v, int apa
     }
 }
 
-#define ALL_ROWS(of_v, apart)                                                                      \
-    int i = 0;                                                                                     \
-    SOME(ROWS, of_v, apart);                                                                       \
-    SOME(4, of_v, apart);                                                                          \
-    SOME(2, of_v, apart);                                                                          \
-    SOME(1, of_v, apart)
-#define SOME(n, of_v, apart)                                                                       \
+/* The same for any number of rows. */
+TARGET INLINE void OF(product_of_all)(const float *v, int of_v, int apart, int rows, int deep,
+                                      const float *panel, int of_panel, int more, float *m, int of_m)
+{
+    int i = 0;
+#define SOME(n)                                                                                    \
     for (; i + n <= rows; i += n)                                                                  \
         OF(product)(n, v + (size_t)i * of_v, of_v, apart, deep, panel, of_panel, more,             \
                     m + (size_t)i * of_m, of_m)
+    SOME(ROWS);
+    SOME(4);
+    SOME(2);
+    SOME(1);
+#undef SOME
+}
 
-/* The same for any number of rows. Not inlined: what gcc makes of it elsewhere has no registers for
-   the sums. */
+/* The rows of v. Not inlined: among other code gcc finds no registers for all sums. */
 TARGET APART void OF(products)(const float *v, int of_v, int rows, int deep, const float *panel,
                                int of_panel, int more, float *m, int of_m)
 {
-    ALL_ROWS(of_v, 1);
+    OF(product_of_all)(v, of_v, 1, rows, deep, panel, of_panel, more, m, of_m);
 }
 
-/* The same for the columns of v. */
-TARGET APART void OF(products_turned)(const float *v, int of_v, int rows, int deep,
+/* The columns of v. */
+TARGET APART void OF(products_turned)(const float *v, int of_v, int columns, int deep,
                                       const float *panel, int of_panel, int more, float *m, int of_m)
 {
-    ALL_ROWS(1, of_v);
+    OF(product_of_all)(v, 1, of_v, columns, deep, panel, of_panel, more, m, of_m);
 }
-
-#undef ALL_ROWS
-#undef SOME
 
 /* Adds what a layer makes of n rows of v: weights are [deep][wide], outputs a multiple of PANEL. */
 TARGET static void OF(layered)(const float *v, int of_v, int n, int deep, const float *weight,

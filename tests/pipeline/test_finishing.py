@@ -25,6 +25,9 @@ def by_torch(ids, monkeypatch):
         ((16, 33), (67, 131), 129),
         ((1, 1), (4, 4), 3),
         ((7, 3), (7, 3), 3),
+        ((5, 34), (5, 34), 34),  # neighbours lie a whole cell apart
+        ((5, 34), (6, 37), 36),  # some of them more than a register's cells
+        ((9, 70), (5, 33), 33),  # fewer pixels than cells
     ],
 )
 @pytest.mark.parametrize("blank", [False, True])
@@ -47,7 +50,8 @@ def test_c_says_what_torchs_operations_say(ids, cells, size, width, blank, monke
     assert unsure.float().mean() < 0.001
     moved = (~same).sum()
     assert (found.counts_BK - expected.counts_BK).abs().sum() <= 2 * moved
-    torch.testing.assert_close(found.sums_BK, expected.sums_BK, rtol=1e-5, atol=float(moved) + 1e-6)
+    # torch knows a place among 70 cells to 4e-6 of one, and scores there are some 10 apart
+    torch.testing.assert_close(found.sums_BK, expected.sums_BK, rtol=1e-4, atol=float(moved) + 1e-6)
 
 
 @pytest.mark.usefixtures("instructions")

@@ -63,15 +63,23 @@ def test_two_convolutions_are_each_halved_and_cut_off_at_zero(
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("place", [(0, 0), (9, 10), (23, 18)])
-def test_what_is_no_number_is_not_hidden_by_a_maximum(place):
-    conv, then = convolution(3, 24), convolution(24, 8)
-    x_HWC = torch.randn(24, 20, 3)
-    x_HWC[place] = torch.nan
+@pytest.mark.parametrize("none", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("height", "width"), [(13, 7), (24, 8), (22, 21)])
+def test_what_is_no_number_is_hidden_nowhere(height, width, none):
+    first, second = convolution(4, 8), convolution(8, 19)
+    twice, once = HalvedTwice(first, second), Winograd(second)
+    for place in range(0, height * width, 3):
+        x_HWC, wide_HWC = torch.randn(height, width, 4), torch.randn(height, width, 8)
+        for each_HWC in (x_HWC, wide_HWC):
+            each_HWC.view(-1, each_HWC.shape[2])[place, place % 4] = none
 
-    for found_1HWF in (HalvedTwice(conv, then)(x_HWC[None]), Winograd(conv)(x_HWC[None])):
-        assert found_1HWF.isnan().any()
-        assert not found_1HWF.isnan().all()
+        found_hwF, found_HWF = twice(x_HWC[None])[0], once(wide_HWC[None])[0]
+
+        between_HWF = rows_of(halved(exact(first, x_HWC)))
+        expected_hwF = rows_of(halved(exact(second, between_HWF)))
+        assert not found_hwF[~expected_hwF.isfinite()].isfinite().any()
+        assert not found_HWF[~rows_of(exact(second, wide_HWC)).isfinite()].isfinite().any()
+        assert found_HWF.isfinite().any()
 
 
 @pytest.mark.usefixtures("instructions")

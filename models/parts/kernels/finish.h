@@ -78,6 +78,8 @@ TARGET INLINE Floats OF(picked)(const float *cells, int near, const int32_t *whi
 #ifdef PICKED
     if (near)
         return PICKED(AT(cells), *(const Ints *)which);
+#else
+    (void)near;
 #endif
     for (int i = 0; i < LANES; i++)
         out[i] = cells[which[i]];

@@ -11,6 +11,7 @@ import torch
 
 import models
 from jobs import segment as command
+from models.parts import replay
 from pipeline import open_run
 from pipeline.errors import EXIT_DONE, RunRefused
 from pipeline.ledger import Ledger
@@ -119,6 +120,16 @@ def test_the_probe_keeps_to_what_the_net_reads(tmp_path):
 
 
 def test_a_module_outside_runs_and_resumes(tmp_path, source, acme):
+    model = guests.module_bundle(tmp_path / "bundle", acme)
+
+    assert_runs_and_resumes(source, tmp_path / "out", model, architecture=acme)
+
+
+def test_a_module_outside_may_have_its_work_recorded(tmp_path, source, acme, monkeypatch):
+    monkeypatch.setattr(replay, "AFTER", 1)
+    recording = guests.MODULE.replace("stride,", "replays = True\n    stride,")
+    shutil.rmtree(tmp_path / "theirs")
+    guests.module(tmp_path / "theirs", recording)
     model = guests.module_bundle(tmp_path / "bundle", acme)
 
     assert_runs_and_resumes(source, tmp_path / "out", model, architecture=acme)

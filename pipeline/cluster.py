@@ -217,7 +217,8 @@ class OnRay:
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
         legs = rd.from_arrow(rows)
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-        legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
+        loaders = rd.TaskPoolStrategy(self._loaders(len(todo)))
+        legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, compute=loaders, **one)
         legs = legs.map_batches(
             _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
         )
@@ -261,11 +262,25 @@ class OnRay:
         total = sum(node.get("GPU" if self.gpus else "CPU", 0) for node in alive)
         return self._compute.workers or max(1, int(total))
 
+    def _loaders(self, fragments: int) -> int:
+        """Load tasks at a time, each in a process of its own.
+
+        A CPU takes longer for a fragment than its bytes take to come: more would only be processes.
+        """
+        if self.gpus or self._grows:
+            return fragments
+        return min(self._wanted(self.alive()) + 1, fragments)
+
+    @property
+    def _grows(self) -> bool:
+        """Whether nodes may come."""
+        return not self._local and _autoscaling()
+
     def _actors(self, fragments: int) -> dict[str, Any]:
         """Actor pool and resources of the segment leg."""
         gpus, alive = self.gpus, self.alive()
         wanted = self._wanted(alive)
-        if self._local or not _autoscaling():
+        if not self._grows:
             size = max(1, min(wanted, fragments))
             pool = {"size": size}
         else:

@@ -66,7 +66,7 @@ class Segmenter:
             _products_of(inference.precision)
         # torch's own stub of Module.to leaves memory_format out.
         model = model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.model = model.eval().folded().requires_grad_(False)
+        self.model = model.eval().folded().requires_grad_(requires_grad=False)
         self._number = torch.float32
         if inference.precision == "bf16":
             self._number = torch.bfloat16

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -443,6 +443,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache  # 30 ms: whole descriptions are parsed for one line each
 def versions() -> dict[str, str]:
     """What the answers may depend on."""
     names = ("maskfleet", "torch", "numpy", "pillow", "simplejpeg", "zarr", "pyarrow", "ray")

@@ -1,10 +1,10 @@
 """A training shared by the workers of a Ray cluster: Ray Train around `training.work`.
 
 Ray Data makes the parts of the steps wherever there are CPUs: a row is a part, decoded, cut and
-coloured (trainset.py), and rows come in the order of the steps, as many to each worker. Ray Train
-starts the workers, notices when one is lost, and starts them again, as many as there is room for;
-then the data set is made anew from the furthest whole checkpoint. Which worker gets which part does
-not matter: gradients are summed over all parts of a step.
+coloured (part_rows.py, trainset.py), and rows come in the order of the steps, as many to each
+worker. Ray Train starts the workers, notices when one is lost, and starts them again, as many as
+there is room for; then the data set is made anew from the furthest whole checkpoint. Which worker
+gets which part does not matter: gradients are summed over all parts of a step.
 
 Ray Train hears where checkpoints are and has none of its own: of each one its controller would make
 a note on storage, and end the training where that is away for a moment; and it would remove what
@@ -18,12 +18,12 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
-from itertools import product
 from typing import Any, cast
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.cluster import OnRay, forwarded, in_our_words, with_settings
 from pipeline.errors import RunRefused, RunUnfinished
+from pipeline.part_rows import Maker, made, part_of
 from pipeline.telling import Progress
 from pipeline.training import Team, Work, steps_of, work
 from pipeline.trainset import Part
@@ -32,7 +32,6 @@ from pipeline.trainset import Part
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data as rd
@@ -46,6 +45,7 @@ LEAST_CPUS = 0.01
 LOST = 100  # workers or nodes lost before it gives up; each costs the steps since a checkpoint
 RESIZE_S = 60  # between two looks for room for more workers
 TASKS = 1000  # that the rest of a training is cut into; Ray's books take milliseconds for each
+STEPS = 4  # of a task at least: it may get a process of its own, which takes two seconds to start
 
 
 class TrainOnRay(OnRay):
@@ -114,7 +114,7 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
     state = Checkpoints(job.uri, job.call).newest()
     begin = 0 if state is None else state.done
     steps = max(1, steps_of(job.train.recipe, len(job.train.items)) - begin)
-    each = max(1, steps // TASKS)
+    each = max(STEPS, steps // TASKS)
     stretches = [
         pa.table({"begin": [first], "end": [min(first + each, begin + steps)]})
         for first in range(begin, begin + steps, each)
@@ -122,45 +122,18 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
     rows = rd.from_arrow(stretches)
     rows.context.target_max_block_size = 1  # a part is a block: so each worker gets its own
     return rows.map_batches(
-        _made,
-        fn_args=(ray.put(job), settings),
+        made,
+        fn_args=(ray.put(Maker(job.train, job.parts)), settings),
         batch_size=1,
         batch_format="numpy",
         num_cpus=PART_CPUS,
     )
 
 
-def _made(
-    row: dict[str, Any],
-    reference: Any,  # noqa: ANN401 - an ObjectRef
-    settings: str,
-) -> Iterator[dict[str, Any]]:
-    with_settings(settings)
-    job = _held(reference)
-    begin, end = int(row["begin"][0]), int(row["end"][0])
-    for step, slot in product(range(begin, end), range(job.parts)):
-        part = job.train.part(step, slot, job.parts)
-        yield {
-            "step": np.array([part.step]),
-            "pixels": part.pixels_BhwC[None],
-            "labels": part.labels[None],
-            "rejected": np.array(["\x1f".join("\x1e".join(one) for one in part.rejected)]),
-        }
-
-
-@functools.lru_cache(maxsize=2)
-def _held(reference: Any) -> Work:  # noqa: ANN401 - an ObjectRef
-    """A job, unpacked once in every process."""
-    return reference if isinstance(reference, Work) else ray.get(reference)
-
-
 def _feed(begin: int) -> Iterator[Part]:  # noqa: ARG001 - `_parts` begins at the same checkpoint
     shard = cast("rd.DataIterator", ray.train.get_dataset_shard("parts"))
     batches = shard.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2)
-    for batch in cast("Iterator[dict[str, Any]]", batches):
-        told = str(batch["rejected"][0])
-        rejected = tuple(tuple(one.split("\x1e")) for one in told.split("\x1f") if one)
-        yield Part(int(batch["step"][0]), batch["pixels"][0], batch["labels"][0], rejected)
+    return map(part_of, cast("Iterator[dict[str, Any]]", batches))
 
 
 # ---------------------------------------------------------------------------------- the workers

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What a task must know to make parts; it travels to other machines."""
+class Steps:
+    """The steps of a training, each in parts: what a task must know, on whatever machine."""
 
     train: TrainSet
     parts: int
@@ -34,25 +34,25 @@ class Maker:
 
 def made(
     row: Mapping[str, Array],
-    maker: Any,  # noqa: ANN401 - an ObjectRef
+    reference: Any,  # noqa: ANN401 - an ObjectRef
     settings: str,
 ) -> Iterator[dict[str, Array]]:
     """All parts of a stretch of steps, a row each.
 
     Args:
         row: its `begin` and `end`, one value each.
-        maker: reference to a `Maker`.
+        reference: to `Steps`.
         settings: where the store is (`cluster.forwarded`).
     """
     with_settings(settings)
-    held = _held(maker)
-    steps = range(int(row["begin"][0]), int(row["end"][0]))
-    for step, slot in product(steps, range(held.parts)):
-        yield _row(held.train.part(step, slot, held.parts))
+    of = _held(reference)
+    stretch = range(int(row["begin"][0]), int(row["end"][0]))
+    for step, slot in product(stretch, range(of.parts)):
+        yield _row(of.train.part(step, slot, of.parts))
 
 
 @functools.lru_cache(maxsize=2)
-def _held(reference: Any) -> Maker:  # noqa: ANN401 - an ObjectRef
+def _held(reference: Any) -> Steps:  # noqa: ANN401 - an ObjectRef
     """Unpacked once in every process."""
     return ray.get(reference)
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 from pipeline.checkpoints import Checkpoints
 from pipeline.cluster import OnRay, forwarded, in_our_words, with_settings
 from pipeline.errors import RunRefused, RunUnfinished
-from pipeline.part_rows import Maker, made, part_of
+from pipeline.part_rows import Steps, made, part_of
 from pipeline.telling import Progress
 from pipeline.training import Team, Work, steps_of, work
 from pipeline.trainset import Part
@@ -45,7 +45,7 @@ LEAST_CPUS = 0.01
 LOST = 100  # workers or nodes lost before it gives up; each costs the steps since a checkpoint
 RESIZE_S = 60  # between two looks for room for more workers
 TASKS = 1000  # that the rest of a training is cut into; Ray's books take milliseconds for each
-STEPS = 4  # of a task at least: it may get a process of its own, which takes two seconds to start
+LEAST_STEPS = 4  # of a task, which may get a process of its own: that takes two seconds to start
 
 
 class TrainOnRay(OnRay):
@@ -114,7 +114,7 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
     state = Checkpoints(job.uri, job.call).newest()
     begin = 0 if state is None else state.done
     steps = max(1, steps_of(job.train.recipe, len(job.train.items)) - begin)
-    each = max(STEPS, steps // TASKS)
+    each = max(LEAST_STEPS, steps // TASKS)
     stretches = [
         pa.table({"begin": [first], "end": [min(first + each, begin + steps)]})
         for first in range(begin, begin + steps, each)
@@ -123,7 +123,7 @@ def _parts(job: Work, settings: str) -> rd.Dataset:
     rows.context.target_max_block_size = 1  # a part is a block: so each worker gets its own
     return rows.map_batches(
         made,
-        fn_args=(ray.put(Maker(job.train, job.parts)), settings),
+        fn_args=(ray.put(Steps(job.train, job.parts)), settings),
         batch_size=1,
         batch_format="numpy",
         num_cpus=PART_CPUS,

@@ -262,13 +262,13 @@ class OnRay:
         total = sum(node.get("GPU" if self.gpus else "CPU", 0) for node in alive)
         return self._compute.workers or max(1, int(total))
 
-    def _loaders(self, fragments: int) -> int:
-        """Load tasks at a time, each in a process of its own.
+    def _loaders(self, fragments: int) -> int | None:
+        """Load tasks at a time, each in a process of its own; None: as many as there is room for.
 
         A CPU takes longer for a fragment than its bytes take to come: more would only be processes.
         """
         if self.gpus or self._grows:
-            return fragments
+            return None
         return min(self._wanted(self.alive()) + 1, fragments)
 
     @property

@@ -61,3 +61,30 @@ def test_more_workers_than_gpus_share_them_and_all_find_a_place(gpus, actors, sh
 
     assert _gpu_share(nodes, actors) == pytest.approx(share)
     assert sum(int(count / share) for count in gpus) >= actors
+
+
+class TwoNodes(OnRay):
+    """A cluster of two nodes of two cores."""
+
+    gpus = 0
+
+    @staticmethod
+    def alive():
+        return [{"CPU": 2.0}, {"CPU": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("workers", "fragments", "loaders"), [(None, 100, 5), (2, 100, 3), (None, 2, 2)]
+)
+def test_cpus_are_fed_by_a_loader_more_than_there_are_workers(home, workers, fragments, loaders):
+    assert TwoNodes("auto", Compute(workers=workers))._loaders(fragments) == loaders
+
+
+def test_gpus_and_clusters_that_grow_have_as_many_loaders_as_there_is_room_for(home):
+    class WithGpus(TwoNodes):
+        gpus = 1
+
+    assert WithGpus("auto", Compute())._loaders(100) is None
+    (home / "ray_bootstrap_config.yaml").touch()
+    assert TwoNodes("auto", Compute())._loaders(100) is None
+    assert TwoNodes("local", Compute())._loaders(100) == 5  # our own never grows

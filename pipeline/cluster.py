@@ -269,7 +269,7 @@ class OnRay:
         """
         if self.gpus or self._grows:
             return None
-        return min(self._wanted(self.alive()) + 1, fragments)
+        return max(1, min(self._wanted(self.alive()) + 1, fragments))
 
     @property
     def _grows(self) -> bool:

@@ -37,7 +37,8 @@ def small(tmp_path_factory, tiny_bundle):
         segment(source, folder / "again", tiny_bundle, NoProbe())
     return SimpleNamespace(
         folder=folder, source=source, model=tiny_bundle, count=len(out.asked),
-        reads=len(read.asked), expected=content(folder / "undisturbed"),
+        looks=sum(one.startswith("read ") for one in out.asked), reads=len(read.asked),
+        expected=content(folder / "undisturbed"),
     )  # fmt: skip
 
 
@@ -55,12 +56,14 @@ def ends_as_undisturbed(small, out, faults) -> None:
 def test_whichever_request_to_the_output_goes_wrong_the_run_ends_as_if_none_had(
     small, tmp_path, in_process, way
 ):
-    requests = ("read",) if way in OF_READS else None
-    assert small.count > 40
-    for call in range(1 + OUT_WAYS.index(way) % EVERY, small.count + 1, EVERY):
+    assert small.count > 40 > small.looks > 10
+    calls = range(1 + OUT_WAYS.index(way) % EVERY, small.count + 1, EVERY)
+    kinds = {}
+    if way in OF_READS:
+        calls, kinds = range(1, small.looks + 1), {"requests": ("read",)}
+    for call in calls:
         out = tmp_path / str(call)
-        faults = faulty(out, call, way, requests) if requests else faulty(out, call, way)
-        ends_as_undisturbed(small, out, faults)
+        ends_as_undisturbed(small, out, faulty(out, call, way, **kinds))
         shutil.rmtree(out)
 
 

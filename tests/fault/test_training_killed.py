@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 RECOVERY_S = 240.0  # Ray notices a lost node after 15 s or more, and waits 60 s for a new group
 STEPS = 60
 AWAY_S = 18  # longer than a store's own patience (15 s, pipeline/storage/s3.py)
-LONG_AWAY_S = 75 if os.environ.get("MASKFLEET_SEEDS") else 36
+LONG_AWAY_S = 75 if int(os.environ.get("MASKFLEET_SEEDS", "0")) else 36
 """At night longer than Ray waits for a group of workers, too (60 s, pipeline/train_on_ray.py)."""
 
 

@@ -8,10 +8,15 @@ the same way, wherever and whenever it runs.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.tile import Tile
 
 STEPS = 8  # padded sizes per octave: at most 1/8 more per side; more steps would empty the batches
 SMALLEST = 32  # below this padding costs nothing against a pass's overhead
+
+Shape = tuple[int, int, np.dtype, int]
+"""What tiles of a batch share: padded height and width, type and number of channels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +41,12 @@ def padded(length: int, align: int) -> int:
     return -(-length // step) * step
 
 
+def shape_of(tile: Tile, align: int) -> Shape:
+    """What a tile shares with those it may be in a batch with."""
+    values = tile.values_HWC
+    return padded(tile.height, align), padded(tile.width, align), values.dtype, values.shape[2]
+
+
 def pack(tiles: Iterable[Tile], budget: int, window: int, align: int) -> Iterator[Batch]:
     """Batches of at most ``budget`` padded pixels (a larger tile goes alone).
 
@@ -46,29 +57,26 @@ def pack(tiles: Iterable[Tile], budget: int, window: int, align: int) -> Iterato
             largest group is flushed.
         align: pixels that padded sides are multiples of (`Grid.align`).
     """
-    waiting: dict[tuple[int, int, str, int], list[Tile]] = {}
+    waiting: dict[Shape, list[Tile]] = {}
     held = 0
     for tile in tiles:
-        values = tile.values_HWC
-        shape = (padded(tile.height, align), padded(tile.width, align))
-        group = waiting.setdefault((*shape, str(values.dtype), values.shape[2]), [])
+        shape = shape_of(tile, align)
+        group = waiting.setdefault(shape, [])
         group.append(tile)
-        held += values.nbytes
+        held += tile.values_HWC.nbytes
         if (len(group) + 1) * shape[0] * shape[1] > budget:
             held -= _nbytes(group)
-            yield _flushed(waiting, (*shape, str(values.dtype), values.shape[2]))
+            yield _flushed(waiting, shape)
         while held > window and waiting:
             largest = max(waiting, key=lambda key: _nbytes(waiting[key]))
             held -= _nbytes(waiting[largest])
             yield _flushed(waiting, largest)
-    for key in list(waiting):
-        yield _flushed(waiting, key)
+    for shape in list(waiting):
+        yield _flushed(waiting, shape)
 
 
-def _flushed(
-    waiting: dict[tuple[int, int, str, int], list[Tile]], key: tuple[int, int, str, int]
-) -> Batch:
-    return Batch(tuple(waiting.pop(key)), key[0], key[1])
+def _flushed(waiting: dict[Shape, list[Tile]], shape: Shape) -> Batch:
+    return Batch(tuple(waiting.pop(shape)), *shape[:2])
 
 
 def _nbytes(group: list[Tile]) -> int:

@@ -1,7 +1,7 @@
 """One class for a whole picture: the short way of an image, where the model is a classifier.
 
-A picture is scaled to what the model reads in one pass, in the threads that decode it, and goes
-into a batch as one tile; its softmax is its answer. There is no mask, nothing is cut or stitched.
+A picture is scaled to what the model reads in one pass, where it is decoded, and goes into a batch
+as one tile; its softmax is its answer. There is no mask, nothing is cut or stitched.
 How it is scaled: pipeline/scaling.py.
 """
 
@@ -39,8 +39,7 @@ def classify(
     """
     aside: list[RejectedImage] = []
     predict = partial(segmenter.predict, confidence=False, saw=clock.saw)
-    resize = segmenter.bundle.input.resize
-    for answer in classified(encoded, line, resize, predict, aside, clock):
+    for answer in classified(encoded, line, segmenter, predict, aside, clock):
         yield _result(answer)
     yield from aside
 
@@ -48,7 +47,7 @@ def classify(
 def classified(
     encoded: Iterable[EncodedImage],
     line: Line,
-    resize: Size | None,
+    segmenter: "Segmenter",
     predict: Predict,
     aside: list[RejectedImage],
     clock: Clock,
@@ -58,12 +57,12 @@ def classified(
     Args:
         encoded: images of one fragment, in plan order.
         line: the run's line.
-        resize: the bundle's `input.resize`.
-        predict: the model.
+        segmenter: the model; its bundle says what it reads.
+        predict: its answers.
         aside: takes the images that are none.
         clock: books the seconds.
     """
-    tiles = clock.over("decode", _scaled(encoded, line, aside, resize, clock))
+    tiles = clock.over("decode", _scaled(encoded, line, segmenter, aside, clock))
     window = line.config.batch.window_mb * 1024**2
     batches = pack(tiles, line.ledger.budget, window, line.grid.align)
     return clock.over("predict", predict(batches))
@@ -72,13 +71,14 @@ def classified(
 def _scaled(
     encoded: Iterable[EncodedImage],
     line: Line,
+    segmenter: "Segmenter",
     aside: list[RejectedImage],
-    resize: Size | None,
     clock: Clock,
 ) -> Iterator[Tile]:
     """Pictures as the model reads them, each one tile; what is none goes aside."""
-    reads = partial(size_read, resize=resize, longest=line.grid.size)
-    for one in ahead(encoded, line, aside, partial(_read, reads), clock, reads):
+    reads = partial(size_read, resize=segmenter.bundle.input.resize, longest=line.grid.size)
+    threads = line.decoders(segmenter.device.type)
+    for one in ahead(encoded, line, aside, partial(_read, reads), clock, threads, reads):
         pixels, upright = one.pixels
         picture = Picture(
             one.plan, pixels, one.input_bytes, one.sha256,

@@ -44,26 +44,37 @@ class Clock:
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Book what it takes under a name."""
-        self._inner.append((0.0, 0.0))
-        start, worked = time.perf_counter(), time.thread_time()
+        began = self._begin()
         try:
             yield
         finally:
-            self.beat = time.monotonic()
-            spent, work = time.perf_counter() - start, time.thread_time() - worked
-            inner = self._inner.pop()
-            self.seconds[name] += spent - inner[0]
-            self.busy[name] += work - inner[1]
-            if self._inner:
-                outer = self._inner[-1]
-                self._inner[-1] = (outer[0] + spent, outer[1] + work)
+            self._end(name, began)
+
+    def _begin(self) -> tuple[float, float]:
+        """Something begins, within what has begun before: now, on the wall and of this thread."""
+        self._inner.append((0.0, 0.0))
+        return time.perf_counter(), time.thread_time()
+
+    def _end(self, name: str, began: tuple[float, float]) -> None:
+        """Book what has begun last, without what was booked within it."""
+        self.beat = time.monotonic()
+        spent, work = time.perf_counter() - began[0], time.thread_time() - began[1]
+        inner = self._inner.pop()
+        self.seconds[name] += spent - inner[0]
+        self.busy[name] += work - inner[1]
+        if self._inner:
+            outer = self._inner[-1]
+            self._inner[-1] = (outer[0] + spent, outer[1] + work)
 
     def over(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Items, with the time it takes to make them booked under a name."""
         source = iter(items)
         while True:
-            with self.during(name):
+            began = self._begin()
+            try:
                 item = next(source, _END)
+            finally:
+                self._end(name, began)
             if item is _END:
                 return
             yield cast("T", item)
@@ -88,7 +99,11 @@ class Clock:
 
     def saw(self, passed: Pass) -> None:
         """Count a pass of the model in."""
-        self.passed.update(passes=1, tiles=passed.tiles, pixels=passed.pixels, padded=passed.padded)
+        counts = self.passed
+        counts["passes"] += 1
+        counts["tiles"] += passed.tiles
+        counts["pixels"] += passed.pixels
+        counts["padded"] += passed.padded
         if passed.device_s:
             self.busy["device"] += passed.device_s
 

@@ -79,8 +79,9 @@ class Compute(_Knobs):
     workers: int | None = Field(default=None, ge=1)
     """Segmenting workers; default: one per GPU, else one per core. On Ray more than there are GPUs
     share them; in one process they are the fragments it works on at a time."""
-    decode_threads: int = Field(default=2, ge=1)
-    """Threads that decode ahead of the model, per worker."""
+    decode_threads: int | None = Field(default=None, ge=0)
+    """Threads that decode ahead of the model, per worker; default: 2 beside a GPU, none on a CPU,
+    where a worker decodes what it is about to segment itself."""
     fetch_threads: int = Field(default=16, ge=1)
     """Requests in flight while a fragment's bytes are fetched."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

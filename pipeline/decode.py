@@ -76,7 +76,6 @@ from pipeline.headers import (
     FIRST_LYING,
     Header,
     foreign_picture,
-    jpeg_header,
     orientation_of,
     read_header,
     sniff,
@@ -113,7 +112,7 @@ class DecodeLimits:
 
 Reads = Callable[[Size], Size]
 """The size at which an upright picture of this one is read."""
-Decoder = Callable[[bytes, DecodeLimits, Reads | None], Pixels]
+Decoder = Callable[[bytes, Header | None, DecodeLimits, Reads | None], Pixels]
 
 
 # ------------------------------------------------------------------------------ what is let in
@@ -172,7 +171,7 @@ def decode(data: bytes, limits: DecodeLimits, reads: Reads | None = None) -> Pix
     refusals = []
     for decoder in _DECODERS[kind]:
         try:
-            return decoder(data, limits, reads)
+            return decoder(data, header, limits, reads)
         except (ImageRejected, MemoryError):
             raise
         except Exception as refusal:  # noqa: BLE001 Pillow alone has nine classes of refusal
@@ -214,13 +213,14 @@ def _tiff_directory(data: bytes) -> int:
     return int.from_bytes(data[4:8], "big" if data[:1] == b"M" else "little")
 
 
-def _by_simplejpeg(data: bytes, limits: DecodeLimits, reads: Reads | None) -> Pixels:
+def _by_simplejpeg(
+    data: bytes, header: Header | None, limits: DecodeLimits, reads: Reads | None
+) -> Pixels:
     stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(data)
     height, width = int(stored_height), int(stored_width)
     _check_size(height, width, limits)
     if colours not in _SIMPLE_COLOURS:
         raise ValueError(f"{colours} is left to Pillow")
-    header = jpeg_header(data)
     orientation = header.orientation if header else 1
     try:
         least = _least((height, width), orientation, reads)
@@ -272,7 +272,9 @@ _SIMPLE_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 
 
 def _by_pillow(kind: str) -> Decoder:
-    def decoder(data: bytes, limits: DecodeLimits, _: Reads | None) -> Pixels:
+    def decoder(
+        data: bytes, header: Header | None, limits: DecodeLimits, _: Reads | None
+    ) -> Pixels:
         with Image.open(BytesIO(data), formats=[kind]) as image:
             _check_size(image.height, image.width, limits)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -283,7 +285,6 @@ def _by_pillow(kind: str) -> Decoder:
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 orientation = 1  # Pillow has applied it
             elif kind == "JPEG":
-                header = jpeg_header(data)
                 orientation = header.orientation if header else 1
             else:
                 orientation = orientation_of(_exif(image))
@@ -303,7 +304,9 @@ def _exif(image: Image.Image) -> bytes:
         return b""
 
 
-def _by_tifffile(data: bytes, limits: DecodeLimits, _: Reads | None) -> Pixels:
+def _by_tifffile(
+    data: bytes, _header: Header | None, limits: DecodeLimits, _reads: Reads | None
+) -> Pixels:
     import tifffile  # 0.2 s, and only a TIFF that Pillow refuses needs it
 
     with tifffile.TiffFile(BytesIO(data)) as tiff:

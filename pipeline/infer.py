@@ -254,10 +254,10 @@ class Segmenter:
         blank = None if nodata is None else torch.from_numpy(np.ascontiguousarray(nodata))[None]
         done = self._finisher.finished(scores_Khw, g0, cells, size, span, width, blank, confidence)
         return Rows(
-            as_array(done.labels_BHW[0], self.dtype),
-            None if done.certainty_BHW is None else done.certainty_BHW[0].numpy(),
-            done.counts_BK[0].numpy(),
-            done.sums_BK[0].numpy(),
+            as_array(done.labels_BHW, self.dtype)[0],
+            None if done.certainty_BHW is None else done.certainty_BHW.numpy()[0],
+            done.counts_BK.numpy()[0],
+            done.sums_BK.numpy()[0],
         )
 
     # ---------------------------------------------------------------------------------- probing

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipeline.infer import Segmenter
 
 
+BESIDE_GPU = 2  # threads that decode, for each fragment in flight
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
     """A run, its source and its config; holds no secrets and no model."""
@@ -36,6 +39,13 @@ class Line:
         window = config.batch.window_mb * 1024**2
         shared = Mixer(ledger.budget, window, ledger.grid.align) if config.batch.mix else None
         return cls(ledger, open_store(config.source), config, ledger.grid, Room(window), shared)
+
+    def decoders(self, device: str) -> int:
+        """Threads that decode ahead of a model on a device of this type."""
+        asked = self.config.compute.decode_threads
+        # On a CPU they would take from a core what its worker has, and cost 5 % of a small model's
+        # time to hand pictures over (2026-12-01).
+        return asked if asked is not None else 0 if device == "cpu" else BESIDE_GPU
 
     @property
     def limits(self) -> DecodeLimits:

@@ -5,7 +5,7 @@ array of its own (pipeline/large.py). Both end as a `MeasuredMask`, rows of the 
 classifier runs a picture ends as a `ClassifiedImage` (pipeline/classify.py), a row of two others.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,11 +89,11 @@ class SlotMask:
 
     def close(self, picture: Picture, seam_score: float | None) -> MeasuredMask:
         """See `MaskSink.close`."""
-        labels = np.concatenate([part.labels_HW for part in self.parts])
+        labels = _joined([part.labels_HW for part in self.parts])
         certainty: tuple[bytes, ...] = ()
         if self.layout.confidence:
             sure = [part.confidence_HW for part in self.parts if part.confidence_HW is not None]
-            values = np.concatenate(sure).astype(labels.dtype)
+            values = _joined(sure).astype(labels.dtype)
             certainty = tuple(slots_of(values, self.layout.slot, self.layout.fill))
         counts, sums = summed(self.parts)
         frames = tuple(slots_of(labels, self.layout.slot, self.layout.fill))
@@ -102,11 +102,16 @@ class SlotMask:
         )
 
 
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def summed(parts: list[Rows]) -> tuple[Array, Array]:
     """Counts and confidences of several stretches of rows."""
-    return np.sum([p.counts_K for p in parts], axis=0), np.sum(
-        [p.confidences_K for p in parts], axis=0
-    )
+    if len(parts) == 1:
+        return parts[0].counts_K, parts[0].confidences_K
+    counts, sums = [p.counts_K for p in parts], [p.confidences_K for p in parts]
+    return np.sum(counts, axis=0), np.sum(sums, axis=0)
 
 
 def measured(
@@ -222,25 +227,28 @@ def _row(plan: PlannedImage, model_version: str, **values: Any) -> dict[str, Any
     return {**empty, **named, **values}
 
 
-def stat_rows(mask: MeasuredMask, class_ids: list[int]) -> list[dict[str, Any]]:
-    """The class_stats rows of a mask: classes that occur, fractions of its data pixels."""
-    data = int(mask.counts_K.sum())
-    return [
-        {
-            "image_id": mask.plan.image_id,
-            "class_id": class_ids[k],
-            "pixel_count": int(mask.counts_K[k]),
-            "fraction": mask.counts_K[k] / data,
-            "mean_confidence": float(mask.confidences_K[k] / mask.counts_K[k]),
-        }
-        for k in np.flatnonzero(mask.counts_K)
-    ]
+def images_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as the images table of a fragment's header."""
+    return pa.Table.from_pylist(rows, IMAGES.append(DETAIL))
 
 
-def tables(images: list[dict[str, Any]], stats: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
-    """Rows as the two tables of a fragment's header."""
-    schema = IMAGES.append(DETAIL)
-    return pa.Table.from_pylist(images, schema), pa.Table.from_pylist(stats, CLASS_STATS)
+def stats_table(masks: Sequence[MeasuredMask], class_ids: list[int]) -> pa.Table:
+    """The class_stats of masks: classes that occur in each, fractions of its data pixels."""
+    if not masks:
+        return CLASS_STATS.empty_table()
+    image_N = np.array([mask.plan.image_id for mask in masks], np.int64)
+    counts_NK = np.stack([mask.counts_K for mask in masks])
+    sums_NK = np.stack([mask.confidences_K for mask in masks])
+    n, k = np.nonzero(counts_NK)
+    counts, data = counts_NK[n, k], counts_NK.sum(1)[n]
+    columns = [image_N[n], np.array(class_ids)[k], counts, counts / data, sums_NK[n, k] / counts]
+    return pa.table(
+        [
+            pa.array(column).cast(kind)
+            for column, kind in zip(columns, CLASS_STATS.types, strict=True)
+        ],
+        CLASS_STATS,
+    )
 
 
 def predictions_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -16,11 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.batch import Batch, padded
+from pipeline.batch import Batch, Shape, shape_of
 from pipeline.tile import Tile, TileAnswer
 
-Shape = tuple[int, int, str, int]
-"""Padded height and width, kind of number, channels."""
 Predict = Callable[[list[Batch]], Iterable[TileAnswer]]
 """Answers of batches, in the order of their tiles."""
 
@@ -80,15 +78,13 @@ class Mixer:
 
     def _added(self, tile: Tile, me: _Member) -> list[tuple[Tile, _Member]]:
         """Put a tile to its like; what became full is to be run."""
-        values = tile.values_HWC
-        height, width = padded(tile.height, self._align), padded(tile.width, self._align)
-        shape = (height, width, str(values.dtype), values.shape[2])
+        shape = shape_of(tile, self._align)
         with self._changed:
             me.unanswered += 1
-            self._held += values.nbytes
+            self._held += tile.values_HWC.nbytes
             group = self._groups.setdefault(shape, [])
             group.append((tile, me))
-            if (len(group) + 1) * height * width > self._budget:
+            if (len(group) + 1) * shape[0] * shape[1] > self._budget:
                 return self._pop(shape)
             if self._held > self._window:
                 return self._pop(max(self._groups, key=lambda one: _nbytes(self._groups[one])))
@@ -111,10 +107,9 @@ class Mixer:
     def _run(self, group: list[tuple[Tile, _Member]], predict: Predict) -> None:
         if not group:
             return
-        first = group[0][0]
-        height, width = padded(first.height, self._align), padded(first.width, self._align)
+        shape = shape_of(group[0][0], self._align)
         try:
-            answers = list(predict([Batch(tuple(t for t, _ in group), height, width)]))
+            answers = list(predict([Batch(tuple(t for t, _ in group), *shape[:2])]))
         except BaseException as error:
             with self._changed:
                 self._broken = error

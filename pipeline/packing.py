@@ -14,11 +14,11 @@ from pipeline.measure import (
     Result,
     classified_row,
     image_row,
+    images_table,
     prediction_row,
     predictions_table,
     rejected_row,
-    stat_rows,
-    tables,
+    stats_table,
 )
 from pipeline.records import Receipt, Task
 
@@ -36,7 +36,7 @@ def object_of(
 def _packed(task: Task, ordered: list[Result], line: Line) -> tuple[bytes, Receipt]:
     layout, version = line.ledger.layout, line.ledger.model_version
     ids = [entry["id"] for entry in line.ledger.classes]
-    rows, stats, frames, slots, certainty, predictions = [], [], [], [], [], []
+    rows, masks, frames, slots, certainty, predictions = [], [], [], [], [], []
     offset = pixels = 0
     first = ordered[0].plan.image_id if ordered else 0
     for result in ordered:
@@ -64,7 +64,7 @@ def _packed(task: Task, ordered: list[Result], line: Line) -> tuple[bytes, Recei
             certainty += result.confidence_frames
             offset += sum(sizes)
         rows.append(image_row(result, version, place))
-        stats += stat_rows(result, ids)
+        masks.append(result)
     about = {
         "fragment": task.fragment,
         "round": task.round,
@@ -78,7 +78,8 @@ def _packed(task: Task, ordered: list[Result], line: Line) -> tuple[bytes, Recei
     if layout.confidence:
         slots, frames = slots + [layout.slots + s for s in slots], frames + certainty
     third = None if layout.has_masks else predictions_table(predictions)
-    data = assemble(about, *tables(rows, stats), frames, slots, layout.index_entries, third)
+    first_two = images_table(rows), stats_table(masks, ids)
+    data = assemble(about, *first_two, frames, slots, layout.index_entries, third)
     bytes_in = sum(row["input_bytes"] or 0 for row in rows)
     return data, Receipt(
         task.fragment, about["n_done"], about["n_rejected"], pixels, bytes_in, len(data)

@@ -1,11 +1,13 @@
-"""Encoded images to upright pictures, decoded a little ahead of the model in threads."""
+"""Encoded images to upright pictures, one by one or a little ahead of the model in threads."""
 
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from pipeline.clock import Clock
@@ -32,12 +34,17 @@ class Decoded(Generic[T]):
     pixels: T
 
 
+Outcome = Decoded[T] | RejectedImage
+"""A picture, or why there is none."""
+
+
 def decoded(
     encoded: Iterable[EncodedImage],
     line: Line,
     aside: list[RejectedImage],
     left: int,
     clock: Clock,
+    threads: int,
 ) -> Iterator[Picture]:
     """Pictures in plan order; what is none goes aside.
 
@@ -47,9 +54,10 @@ def decoded(
         aside: takes the rejected ones.
         left: slots the fragment has left; a picture that needs more becomes large.
         clock: books what the threads work.
+        threads: see `ahead`.
     """
     layout = line.ledger.layout
-    for one in ahead(encoded, line, aside, lambda pixels: pixels, clock):
+    for one in ahead(encoded, line, aside, lambda pixels: pixels, clock, threads):
         pixels = one.pixels
         need = layout.slots_for(pixels.height, pixels.width)
         large = need is None or need > min(left, max(1, layout.slots // 4))
@@ -64,33 +72,71 @@ def ahead(
     aside: list[RejectedImage],
     change: Callable[[Pixels], T],
     clock: Clock,
+    threads: int,
     reads: Reads | None = None,
 ) -> Iterator[Decoded[T]]:
-    """Decoded pictures in plan order, with what ``change`` makes of their pixels in the threads.
+    """Decoded pictures in plan order, with what ``change`` makes of their pixels where they decode.
 
-    With ``reads`` they need not be larger than what is read of them (`decode`). They run ahead by
-    a picture per thread and one, as far as there is room (`Line.room`).
+    Args:
+        encoded: images of one fragment, in plan order.
+        line: the run's line; its room bounds how far they run ahead.
+        aside: takes what is no picture.
+        change: of pixels what is wanted.
+        clock: books what the threads work.
+        threads: that run ahead by a picture each and one. 0: none is decoded before it is asked
+            for, by who asks.
+        reads: what is read of a picture, which need not be larger (`decode`).
     """
-    threads = line.config.compute.decode_threads
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    waiting: deque[tuple[Future[tuple[Decoded[T] | RejectedImage, float]], int]] = deque()
+    make = partial(_decoded, limits=line.limits, change=change, reads=reads)
+    about = encoded, line, make, clock
+    made = _in_threads(*about, threads) if threads else _here(*about)
+    with line.room.fragment(), closing(made):
+        for outcome in made:
+            if isinstance(outcome, RejectedImage):
+                aside.append(outcome)
+            else:
+                yield outcome
 
-    def landed() -> Iterator[Decoded[T]]:
+
+def _here(
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    make: Callable[[EncodedImage], Outcome[T]],
+    clock: Clock,
+) -> Generator[Outcome[T]]:
+    for item in encoded:
+        need = _nbytes(item, line.limits)
+        line.room.take(need, wait=True)
+        try:
+            outcome = make(item)
+            clock.work("decode", 0.0)  # done; who asked has booked the time
+            yield outcome
+        finally:
+            line.room.give_back(need)  # the next is wanted: this one has been cut
+
+
+def _in_threads(
+    encoded: Iterable[EncodedImage],
+    line: Line,
+    make: Callable[[EncodedImage], Outcome[T]],
+    clock: Clock,
+    threads: int,
+) -> Generator[Outcome[T]]:
+    waiting: deque[tuple[Future[tuple[Outcome[T], float]], int]] = deque()
+
+    def landed() -> Iterator[Outcome[T]]:
         outcome, worked = waiting[0][0].result()
         clock.work("decode", worked)
-        if isinstance(outcome, RejectedImage):
-            aside.append(outcome)
-        else:
-            yield outcome
+        yield outcome
         line.room.give_back(waiting.popleft()[1])  # the next is wanted: this one has been cut
 
-    with pool, line.room.fragment():
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for item in encoded:
                 need = _nbytes(item, line.limits)
                 while len(waiting) > threads or not line.room.take(need, wait=not waiting):
                     yield from landed()
-                waiting.append((pool.submit(_timed, item, line.limits, change, reads), need))
+                waiting.append((pool.submit(_timed, make, item), need))
             while waiting:
                 yield from landed()
         finally:
@@ -104,16 +150,16 @@ def _nbytes(item: EncodedImage, limits: DecodeLimits) -> int:
 
 
 def _timed(
-    item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T], reads: Reads | None
-) -> tuple[Decoded[T] | RejectedImage, float]:
+    make: Callable[[EncodedImage], Outcome[T]], item: EncodedImage
+) -> tuple[Outcome[T], float]:
     start = time.thread_time()
-    outcome = _decoded(item, limits, change, reads)
+    outcome = make(item)
     return outcome, time.thread_time() - start
 
 
 def _decoded(
     item: EncodedImage, limits: DecodeLimits, change: Callable[[Pixels], T], reads: Reads | None
-) -> Decoded[T] | RejectedImage:
+) -> Outcome[T]:
     if item.data is None:
         verdict = item.verdict or Verdict("fetch", "unreadable", "no bytes came")
         return RejectedImage(item.plan, verdict)

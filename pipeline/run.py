@@ -96,7 +96,8 @@ def segment(
 
     aside: list[RejectedImage] = []
     left = layout.slots if slots is None else slots
-    pictures = decoded(encoded, line, aside, left, clock)
+    threads = line.decoders(segmenter.device.type)
+    pictures = decoded(encoded, line, aside, left, clock, threads)
     predict = partial(segmenter.predict, saw=clock.saw)
     strips = masked(pictures, line, predict, segmenter.finish, clock)
     yield from clock.over("measure", measure(strips, sink_for))

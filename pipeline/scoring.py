@@ -151,7 +151,8 @@ class Scorer:
         if self._segmenter.bundle.task == "classify":
             yield from self._classes(encoded, known, timed, aside, clock)
             return
-        pictures = decoded(encoded, line, aside, line.ledger.layout.slots, clock)
+        left, threads = line.ledger.layout.slots, line.decoders(self._segmenter.device.type)
+        pictures = decoded(encoded, line, aside, left, clock, threads)
         strips = masked(pictures, line, timed.predict, timed.finish, clock)
         for picture, rows in _whole(strips, aside):
             seconds = timed.seconds.pop(picture.plan.image_id)
@@ -166,10 +167,9 @@ class Scorer:
         clock: Clock,
     ) -> Iterator[Answered]:
         """The same, of a classifier."""
-        resize = self._segmenter.bundle.input.resize
         ids = [entry.id for entry in self._segmenter.bundle.classes]
         predict = partial(timed.predict, confidence=False)
-        for answer in classified(encoded, self._line, resize, predict, aside, clock):
+        for answer in classified(encoded, self._line, self._segmenter, predict, aside, clock):
             picture = answer.tile.picture
             if answer.probabilities_K is None:
                 aside.append(_too_large(picture, answer.failure))

@@ -97,9 +97,9 @@ def spread_further() -> None:
     ends: dict[str, bytes] = {}
     decoded, real = pictures._decoded, Segmenter._run
 
-    def remembered(item, *how):
+    def remembered(item, **how):
         ends[item.plan.key] = item.data[-16:]
-        return decoded(item, *how)
+        return decoded(item, **how)
 
     def run(self, tiles, *arguments, **named):
         for tile in tiles:

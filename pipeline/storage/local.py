@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
 
 from pipeline.errors import RunRefused, StorageBusy, StorageDenied, StorageError, StorageMissing
 from pipeline.keys import printable
@@ -91,12 +90,11 @@ class LocalStore:
         A file system tells time in ticks (some ms): what is written twice in one looks the same.
         """
         target = self._at(path)
-        with _translated(self.uri), _of_one_file(target), _opened(target) as file:
-            _refuse_changed(file, path, etag)
-            if start:
-                file.seek(start)
-            data = file.read() if length is None else file.read(length)
-            _refuse_changed(file, path, etag)
+        with _translated(self.uri), _of_one_file(target), _opened(target) as handle:
+            about = _refuse_changed(handle, path, etag)
+            left = max(0, about.st_size - start)
+            data = _bytes_of(handle, start, left if length is None else min(left, length))
+            _refuse_changed(handle, path, etag)
             return data
 
     def stat(self, path: str) -> Found | None:
@@ -159,19 +157,34 @@ class LocalStore:
             self._at(path).unlink(missing_ok=True)
 
 
-def _opened(target: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(target: Path) -> Iterator[int]:
     """A regular file, open. A name may lead to a FIFO by now, and nobody waits for its writer."""
     handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(handle, "rb") if S_ISREG(os.fstat(handle).st_mode) else None
-    if file is None:
+    try:
+        yield handle
+    finally:
         os.close(handle)
-        raise StorageMissing(f"{printable(str(target))} is no regular file")
-    return file
 
 
-def _refuse_changed(file: BinaryIO, path: str, etag: str | None) -> None:
-    if etag is not None and _etag(os.fstat(file.fileno())) != etag:
+def _refuse_changed(handle: int, path: str, etag: str | None) -> os.stat_result:
+    about = os.fstat(handle)
+    if not S_ISREG(about.st_mode):
+        raise StorageMissing(f"{printable(path)} is no regular file")
+    if etag is not None and _etag(about) != etag:
         raise ObjectChanged(f"{printable(path)} was written again since it was planned")
+    return about
+
+
+def _bytes_of(handle: int, start: int, length: int) -> bytes:
+    """So many bytes, or fewer where the file ends; from the system straight into their place."""
+    data = os.pread(handle, length, start)
+    if len(data) == length:
+        return data
+    parts = [data]  # the system gives 2 GB at a time
+    while parts[-1] and (left := length - sum(map(len, parts))):
+        parts.append(os.pread(handle, left, start + length - left))
+    return b"".join(parts)
 
 
 def _etag(about: os.stat_result) -> str:

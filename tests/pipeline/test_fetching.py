@@ -1,11 +1,22 @@
 """Neighbours in a shard share a request; what each gets is what it would get alone."""
 
+import threading
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import StorageBusy, StorageMissing
-from pipeline.fetching import GAP, SPAN, believed, read_span, read_together, together
+from pipeline.fetching import (
+    GAP,
+    SPAN,
+    believed,
+    in_flight,
+    read_span,
+    read_together,
+    together,
+)
 from pipeline.records import PlannedImage
 
 LIMIT = 2**30
@@ -120,3 +131,45 @@ def test_a_shard_that_is_gone_is_gone_for_all_of_them():
     images = [member(n, 10 * n, 10, "gone.tar") for n in range(3)]
 
     assert {one.verdict.reason for one in fetched(Shard(b""), images)} == {"vanished"}
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_answers_come_in_order_whoever_is_late(threads):
+    def read(number: int) -> int:
+        time.sleep(0.002 * (number % 3))
+        return number * number
+
+    assert list(in_flight(read, range(20), threads)) == [n * n for n in range(20)]
+
+
+def test_an_answer_is_there_before_all_are():
+    late = threading.Event()
+    answers = in_flight(lambda number: number if number < 4 else late.wait(), range(5), 2)
+
+    assert [next(answers) for _ in range(4)] == [0, 1, 2, 3]
+    late.set()
+    assert list(answers) == [True]
+
+
+def test_after_an_error_nothing_more_is_asked_for():
+    asked = []
+
+    def read(number: int) -> int:
+        asked.append(number)
+        time.sleep(0.002)
+        if number == 4:
+            raise StorageBusy("gone")
+        return number
+
+    with pytest.raises(StorageBusy, match="gone"):
+        list(in_flight(read, range(1000), 3))
+    assert len(asked) < 20
+
+
+def test_who_gives_up_early_waits_for_what_was_asked_and_asks_no_more():
+    asked = []
+    answers = in_flight(lambda number: asked.append(number) or time.sleep(0.002), range(1000), 3)
+    next(answers)
+    answers.close()
+
+    assert len(asked) < 20

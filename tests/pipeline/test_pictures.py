@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.clock import Clock
-from pipeline.config import Compute
 from pipeline.decode import DecodeLimits
 from pipeline.pictures import RGB, ahead
 from pipeline.records import EncodedImage
@@ -19,9 +18,8 @@ NBYTES = RGB * SIDE * SIDE
 PATIENCE_S = 5.0
 
 
-def line(room: Room, threads: int = 2, **limits: int) -> SimpleNamespace:
-    config = SimpleNamespace(compute=Compute(decode_threads=threads))
-    return SimpleNamespace(config=config, limits=DecodeLimits(**limits), room=room)
+def line(room: Room, **limits: int) -> SimpleNamespace:
+    return SimpleNamespace(limits=DecodeLimits(**limits), room=room)
 
 
 def pictures(count: int) -> list[EncodedImage]:
@@ -35,9 +33,9 @@ def until(condition) -> None:
         time.sleep(0.001)
 
 
-def decoded_while_the_first_is_in_use(room: Room, expected: int, **limits: int) -> int:
+def decoded_while_the_first_is_in_use(room: Room, expected: int, threads: int = 2) -> int:
     seen, aside = [], []
-    some = ahead(pictures(6), line(room, **limits), aside, seen.append, Clock())
+    some = ahead(pictures(6), line(room), aside, seen.append, Clock(), threads)
     next(some)
     until(lambda: len(seen) >= expected)
     time.sleep(0.05)  # more would come now
@@ -60,17 +58,32 @@ def test_pictures_are_decoded_ahead_as_far_as_there_is_room(share, expected):
     assert decoded_while_the_first_is_in_use(Room(share), expected) == expected
 
 
-def test_what_is_too_large_to_be_decoded_takes_no_room():
+def test_without_threads_none_is_decoded_before_it_is_asked_for_and_by_who_asks():
+    assert decoded_while_the_first_is_in_use(Room(100 * NBYTES), 1, threads=0) == 1
+
+    by, clock = [], Clock()
+    some = ahead(
+        pictures(3), line(Room(1)), [], lambda _: by.append(threading.current_thread()), clock, 0
+    )
+    made = list(clock.over("decode", some))
+    assert len(made) == 3
+    assert set(by) == {threading.current_thread()}
+    assert clock.busy["decode"] == pytest.approx(clock.seconds["decode"], rel=0.5)  # booked once
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_is_too_large_to_be_decoded_takes_no_room(threads):
     seen, aside = [], []
     small = line(Room(1), max_pixels=SIDE * SIDE - 1)
 
-    assert list(ahead(pictures(4), small, aside, seen.append, Clock())) == []
+    assert list(ahead(pictures(4), small, aside, seen.append, Clock(), threads)) == []
     assert [one.verdict.reason for one in aside] == ["too_large"] * 4
 
 
-def test_a_fragment_that_is_given_up_gives_its_room_back():
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_fragment_that_is_given_up_gives_its_room_back(threads):
     room = Room(100 * NBYTES)
-    some = ahead(pictures(6), line(room), [], lambda pixels: pixels, Clock())
+    some = ahead(pictures(6), line(room), [], lambda pixels: pixels, Clock(), threads)
     next(some)
     some.close()
 
@@ -78,7 +91,8 @@ def test_a_fragment_that_is_given_up_gives_its_room_back():
     assert room.take(1000 * NBYTES, wait=True)  # nobody holds any
 
 
-def test_fragments_share_their_room_and_none_waits_for_ever():
+@pytest.mark.parametrize("decoders", [0, 2])
+def test_fragments_share_their_room_and_none_waits_for_ever(decoders):
     room, most, held = Room(NBYTES), [], [0]
     lock = threading.Lock()
 
@@ -88,7 +102,7 @@ def test_fragments_share_their_room_and_none_waits_for_ever():
             most.append(held[0])
 
     def fragment() -> None:
-        for _ in ahead(pictures(20), line(room), [], lambda _: count(1), Clock()):
+        for _ in ahead(pictures(20), line(room), [], lambda _: count(1), Clock(), decoders):
             count(-1)
 
     threads = [threading.Thread(target=fragment) for _ in range(4)]

@@ -1,7 +1,6 @@
 """A folder as a store: one winner, whole objects, nothing foreign, and clear refusals."""
 
 import errno
-import io
 import os
 import stat
 import subprocess
@@ -175,21 +174,30 @@ def test_what_is_not_there_is_missing(store):
     assert store.stat("x") is None
 
 
-class Written(io.FileIO):
-    """A file that somebody writes in place while it is read."""
-
-    def read(self, size=-1):
-        data = super().read(size)
-        Path(self.name).write_bytes(b"torn!")
-        return data
-
-
 def test_a_file_that_is_written_while_it_is_read_is_not_taken_for_the_old_one(store, monkeypatch):
     store.create("x", b"old")
-    monkeypatch.setattr(local, "_opened", Written)
+    read = local._bytes_of
 
+    def read_and_written(*where):
+        data = read(*where)
+        (store.root / "x").write_bytes(b"torn!")
+        return data
+
+    monkeypatch.setattr(local, "_bytes_of", read_and_written)
     with pytest.raises(ObjectChanged):
         store.read("x", etag=store.stat("x").etag)
+
+
+def test_bytes_that_the_system_gives_in_pieces_are_all_read(store, monkeypatch):
+    data = bytes(range(256)) * 5
+    store.create("x", data)
+    at_once = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, n, at: at_once(handle, min(n, 100), at))
+
+    assert store.read("x") == data
+    assert store.read("x", 7, 450) == data[7:457]
+    assert store.read("x", 1200, 450) == data[1200:]
+    assert store.read("x", 5000, 10) == b""
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])

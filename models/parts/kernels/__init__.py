@@ -85,15 +85,15 @@ LIBRARY: Any = next(known(), None)
 """The best `Set`, or None."""
 
 
-def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> None:
+def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Array) -> None:
     """Rows of 8 bits times a scale plus a shift, into the rows of `out_HX`.
 
     Raises:
         ValueError: there is no room for all of them.
     """
-    if values_HX.shape != tuple(out_HX.shape):
+    if values_HX.shape != out_HX.shape:
         raise ValueError(
-            f"{values_HX.shape} values do not fit {tuple(out_HX.shape)}: is a picture larger than "
+            f"{values_HX.shape} values do not fit {out_HX.shape}: is a picture larger than "
             "what the model's padded_size makes of it?"
         )
     if values_HX.strides[1] != 1:  # a picture that was turned without being copied
@@ -101,7 +101,7 @@ def feed(values_HX: Array, scale_X: Array, shift_X: Array, out_HX: Tensor) -> No
     rows, values = values_HX.shape
     LIBRARY.feed(
         values_HX.ctypes.data, values_HX.strides[0], rows, values, scale_X.ctypes.data,
-        shift_X.ctypes.data, out_HX.data_ptr(), out_HX.stride(0),
+        shift_X.ctypes.data, out_HX.ctypes.data, out_HX.strides[0] // out_HX.itemsize,
     )  # fmt: skip
 
 

@@ -66,19 +66,23 @@ TARGET INLINE void OF(pooled)(const Floats upper[2], const Floats lower[2], Floa
 
 #define COLUMNS 48 /* whose sums stay in the innermost cache (24 to 96: alike) */
 
-/* A picture's rows `top` to `top + rows` of the halved map; those beyond the map are zeros. */
-TARGET static int OF(halved)(const float *x, int height, int width, int channels,
-                             const float *kernel, const float *bias, int features, int top,
-                             int rows, float *out)
+/* How many floats `halved` works in: sums, planes, and a row beyond the map. */
+static size_t OF(room_of_halved)(int width, int channels)
+{
+    return 6 * COLUMNS * PANEL + (size_t)channels * (6 * (width + 2) + width);
+}
+
+/* A picture's rows `top` to `top + rows` of the halved map; those beyond the map are zeros. `m` is room,
+   for the first rows of a picture of zeros, and then as it was left. */
+TARGET static void OF(halved)(const float *x, int height, int width, int channels,
+                              const float *kernel, const float *bias, int features, int top,
+                              int rows, float *m, float *out)
 {
     const int w = width / 2, window = 3 * channels;
     const size_t inside = (size_t)width * channels, of_plane = inside + 2 * channels;
     const size_t of_m = COLUMNS * PANEL, of_row = (size_t)w * features;
-    float *m = floats(6 * of_m + 6 * of_plane + inside);
-    if (!m)
-        return NO_MEMORY;
-    float *planes = m + 6 * of_m, *nothing = planes + 6 * of_plane;
-    memset(planes, 0, (6 * of_plane + inside) * sizeof(float)); /* beside the map and beyond it */
+    float *planes = m + 6 * of_m; /* they stay zeros beside the map */
+    const float *nothing = planes + 6 * of_plane;
     for (int i = 0; i < rows; i += 2) {
         const int y = top + i, some = rows - i < 2 ? 1 : 2;
         const float *six[6];
@@ -115,8 +119,6 @@ TARGET static int OF(halved)(const float *x, int height, int width, int channels
             if (y + r < 0 || y + r >= height / 2)
                 memset(out, 0, of_row * sizeof(float));
     }
-    free(m);
-    return DONE;
 }
 
 #define STRIP 12 /* tiles whose rows stay in the innermost cache between the two transforms */
@@ -185,22 +187,31 @@ TARGET INLINE void OF(tile_out)(const float *m, Floats bias, int left, int halve
 #define LEAST 12 /* tiles at least, for which all of a kernel is read once */
 #define DEEP 256 /* channels of a panel that stay in the innermost cache */
 
+/* How many tiles of a row go through all of a kernel together. */
+static size_t OF(together)(int width, int channels)
+{
+    size_t tiles = up_to((width + 3) / 4, ROWS);
+    size_t each = AT_ONCE / (36 * sizeof(float) * (channels + PANEL));
+    each = up_to(each < LEAST ? LEAST : each, ROWS);
+    return each < tiles ? each : tiles;
+}
+
+/* How many floats `by_tiles` works in: sums, tiles, planes, and one beyond the map. */
+static size_t OF(room_of_tiles)(int width, int channels)
+{
+    return OF(together)(width, channels) * 36 * (channels + PANEL) + 7 * (4 * STRIP + 2) * (size_t)channels;
+}
+
 /* `rows` rows of outputs from row `top` of x on, or half as many and half as wide: after ReLU and a
-   2 x 2 maximum. Beyond x are zeros. */
-TARGET static int OF(by_tiles)(const float *x, int height, int width, int channels,
-                               const float *kernel, const float *bias, int features, int top,
-                               int rows, int halve, float *out)
+   2 x 2 maximum. Beyond x are zeros. `m` is room. */
+TARGET static void OF(by_tiles)(const float *x, int height, int width, int channels,
+                                const float *kernel, const float *bias, int features, int top,
+                                int rows, int halve, float *m, float *out)
 {
     const int tiles = (width + 3) / 4, side = halve ? 2 : 4;
     const int out_rows = halve ? rows / 2 : rows, out_width = halve ? width / 2 : width;
-    size_t each = AT_ONCE / (36 * sizeof(float) * (channels + PANEL));
-    each = up_to(each < LEAST ? LEAST : each, ROWS);
-    each = each < up_to(tiles, ROWS) ? each : up_to(tiles, ROWS);
-    const size_t of_v = each * channels, of_m = 36 * PANEL, of_row = (size_t)out_width * features;
-    const size_t of_plane = (4 * STRIP + 2) * (size_t)channels;
-    float *m = floats(each * of_m + 36 * of_v + 7 * of_plane);
-    if (!m)
-        return NO_MEMORY;
+    const size_t each = OF(together)(width, channels), of_v = each * channels, of_m = 36 * PANEL;
+    const size_t of_row = (size_t)out_width * features, of_plane = (4 * STRIP + 2) * (size_t)channels;
     float *v = m + each * of_m, *planes = v + 36 * of_v, *nothing = planes + 6 * of_plane;
     memset(nothing, 0, of_plane * sizeof(float)); /* beyond the map */
 
@@ -228,14 +239,17 @@ TARGET static int OF(by_tiles)(const float *x, int height, int width, int channe
                     }
             }
         }
-    free(m);
-    return DONE;
 }
 
 TARGET static int OF(winograd)(const float *x, int height, int width, int channels,
                                const float *kernel, const float *bias, int features, float *out)
 {
-    return OF(by_tiles)(x, height, width, channels, kernel, bias, features, 0, height, 0, out);
+    float *room = floats(OF(room_of_tiles)(width, channels));
+    if (!room)
+        return NO_MEMORY;
+    OF(by_tiles)(x, height, width, channels, kernel, bias, features, 0, height, 0, room, out);
+    free(room);
+    return DONE;
 }
 
 /* Two convolutions, each with a 2 x 2 maximum and ReLU behind it: a quarter as many rows and columns. */
@@ -245,20 +259,23 @@ TARGET static int OF(halved_twice)(const float *x, int height, int width, int ch
                                    float *out)
 {
     const int rows = height / 4 * 2, w = width / 2;
-    const size_t row = (size_t)w * between;
-    float *near = floats(6 * row); /* what four rows of the second read */
-    int said = near ? DONE : NO_MEMORY;
-    for (int y = 0; y < rows && said == DONE; y += 4) {
+    const size_t row = (size_t)w * between, of_near = up_to(6 * row, LINE);
+    const size_t of_first = up_to(OF(room_of_halved)(width, channels), LINE);
+    float *room = floats(of_first + of_near + OF(room_of_tiles)(w, between));
+    if (!room)
+        return NO_MEMORY;
+    float *near = room + of_first; /* what four rows of the second read */
+    memset(room, 0, of_first * sizeof(float));
+    for (int y = 0; y < rows; y += 4) {
         const int kept = y ? 2 : 0, wanted = rows - y < 4 ? rows - y : 4;
         memcpy(near, near + 4 * row, kept * row * sizeof(float));
-        said = OF(halved)(x, height, width, channels, first, first_bias, between, y - 1 + kept,
-                          6 - kept, near + kept * row);
-        if (said == DONE)
-            said = OF(by_tiles)(near, 6, w, between, second, second_bias, features, 1, wanted, 1,
-                                out + (size_t)(y / 2) * (w / 2) * features);
+        OF(halved)(x, height, width, channels, first, first_bias, between, y - 1 + kept, 6 - kept,
+                   room, near + kept * row);
+        OF(by_tiles)(near, 6, w, between, second, second_bias, features, 1, wanted, 1,
+                     near + of_near, out + (size_t)(y / 2) * (w / 2) * features);
     }
-    free(near);
-    return said;
+    free(room);
+    return DONE;
 }
 
 #undef MIX

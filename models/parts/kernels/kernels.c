@@ -85,9 +85,11 @@ enum { DONE, NO_MEMORY, NO_NUMBER };
 #define JOIN(a, b) JOINED(a, b)
 #define OF(name) JOIN(name, SET) /* this name, of the set that is being compiled */
 
+#define LINE 16 /* floats of a cache line */
+
 static float *floats(size_t n)
 {   /* some to spare: registers are read and written whole */
-    return aligned_alloc(64, (n * sizeof(float) / 64 + 3) * 64);
+    return aligned_alloc(LINE * sizeof(float), (n / LINE + 3) * LINE * sizeof(float));
 }
 
 static size_t up_to(size_t n, size_t multiple)

@@ -5,35 +5,38 @@
 
 #define COLUMNS 128
 
-/* One row of pixels between two widened rows: who wins, and its softmax. Ties go to the first. */
+/* One row of pixels between two widened rows: who wins, and its softmax. Ties go to the first. Of a few
+   neighbours at a time all classes, so that what is best stays in registers. */
+#define BESIDE 4
 TARGET static void OF(row)(const float *restrict above, const float *restrict below, int classes,
-                           float share, float *restrict octaves, float *restrict best,
-                           int32_t *restrict index, float *restrict sure)
+                           float share, float *restrict octaves, int32_t *restrict index,
+                           float *restrict sure)
 {
-    for (int x = 0; x < COLUMNS; x++) {
-        best[x] = octaves[x] = above[x] + share * (below[x] - above[x]);
-        index[x] = 0;
-        sure[x] = 0;
-    }
-    for (int k = 1; k < classes; k++) {
-        const float *restrict a = above + (size_t)k * COLUMNS, *restrict b = below + (size_t)k * COLUMNS;
-        float *restrict own = octaves + (size_t)k * COLUMNS;
-        /* By registers, for of a choice that may leave a value as it is gcc makes a masked store. */
-        for (int x = 0; x < COLUMNS; x += LANES) {
-            Floats one = AT(a + x) + share * (AT(b + x) - AT(a + x)), was = AT(best + x);
-            Ints more = one > was, at = *(const Ints *)(index + x);
-            *(Floats *)(own + x) = one;
-            *(Floats *)(best + x) = (Floats)((more & (Ints)one) | (~more & (Ints)was));
-            *(Ints *)(index + x) = (more & k) | (~more & at);
+    for (int x = 0; x < COLUMNS; x += BESIDE * LANES) {
+        Floats best[BESIDE], sum[BESIDE];
+        Ints at[BESIDE];
+        for (int i = 0; i < BESIDE; i++) {
+            const Floats a = AT(above + x + i * LANES), b = AT(below + x + i * LANES);
+            *(Floats *)(octaves + i * LANES) = best[i] = a + share * (b - a);
+            at[i] = (Ints){0}, sum[i] = (Floats){0};
+        }
+        for (int k = 1; k < classes; k++)
+            for (int i = 0; i < BESIDE; i++) {
+                const size_t place = (size_t)k * COLUMNS + x + i * LANES;
+                const Floats a = AT(above + place), one = a + share * (AT(below + place) - a);
+                const Ints more = one > best[i];
+                *(Floats *)(octaves + (k * BESIDE + i) * LANES) = one;
+                best[i] = (Floats)((more & (Ints)one) | (~more & (Ints)best[i]));
+                at[i] = (more & k) | (~more & at[i]);
+            }
+        for (int k = 0; k < classes; k++)
+            for (int i = 0; i < BESIDE; i++)
+                sum[i] += OF(exp2_of)(AT(octaves + (k * BESIDE + i) * LANES) - best[i]);
+        for (int i = 0; i < BESIDE; i++) {
+            *(Ints *)(index + x + i * LANES) = at[i];
+            *(Floats *)(sure + x + i * LANES) = 1.0f / sum[i];
         }
     }
-    for (int k = 0; k < classes; k++) {
-        const float *restrict own = octaves + (size_t)k * COLUMNS;
-        for (int x = 0; x < COLUMNS; x += LANES)
-            *(Floats *)(sure + x) += OF(exp2_of)(AT(own + x) - AT(best + x));
-    }
-    for (int x = 0; x < COLUMNS; x++)
-        sure[x] = 1.0f / sure[x];
 }
 
 /* Adds a row to the first, second, .. of WAYS counts and sums by turns: neighbours, which are often of
@@ -97,7 +100,7 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                              const uint8_t *blank, const int32_t *ids, int fill, int bytes,
                              void *labels, uint8_t *certainty, int64_t *counts, double *sums)
 {
-    _Alignas(64) float best[COLUMNS], sure[COLUMNS];
+    _Alignas(64) float sure[COLUMNS];
     _Alignas(64) int32_t index[COLUMNS];
     struct OF(stretch) stretches[COLUMNS / LANES];
     const size_t plane = (size_t)classes * COLUMNS;
@@ -151,7 +154,7 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
                     }
                 }
             }
-            OF(row)(wide[upper & 1], wide[lower & 1], classes, share, octaves, best, index, sure);
+            OF(row)(wide[upper & 1], wide[lower & 1], classes, share, octaves, index, sure);
             const size_t at = (size_t)(y - y0) * wanted + x0;
             if (blank)
                 for (int x = 0; x < n; x++)
@@ -184,4 +187,5 @@ TARGET static int OF(finish)(const float *scores, int classes, long of_class, lo
 }
 
 #undef WAYS
+#undef BESIDE
 #undef COLUMNS

@@ -30,19 +30,22 @@ TARGET INLINE Floats OF(positive)(Floats x)
 
 #define OCTAVE 1.44269504f /* 1 / ln 2: of values times this, 2^x is what e^x was */
 
-/* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), the exponent by
-   adding to the bits of a float. Below 2^-126 it stays there; what is no number stays so. */
+/* 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor, 3e-8 of the value at most), times a power of two
+   of which the exponent is written. Below 2^-126 it stays there; what is no number stays so. */
 TARGET INLINE Floats OF(exp2_of)(Floats x)
 {
-    const Floats shift = (Floats){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    const Floats least = (Floats){0} - 126.0f;
-    const Ints below = x < least, number = x == x;
+    /* 1.5 * 2^23: adding it rounds to a whole number, here to one that is an exponent as floats have it */
+    const Floats shift = (Floats){0} + 12582912.0f + 127.0f, least = (Floats){0} - 126.0f;
+#ifdef GREATER
+    Floats near = GREATER(least, x);
+#else
+    const Ints below = x < least;
     Floats near = (Floats)((below & (Ints)least) | (~below & (Ints)x));
+#endif
     Floats whole = near + shift, rest = near - (whole - shift);
     Floats value = 1.0f + rest * (0.69314718f + rest * (0.24022651f + rest * (0.055504109f
         + rest * (0.0096181291f + rest * (0.0013333558f + rest * 0.00015403530f)))));
-    Ints bits = (Ints)value + ((Ints)whole << 23);
-    return (Floats)((number & bits) | (~number & (Ints)x));
+    return value * (Floats)((Ints)whole << 23);
 }
 
 /* Where a pixel lies between two of n cells that are stretched over `length` pixels. */

@@ -4,7 +4,7 @@
    To go through a layer PANEL tokens lie beside each other (a tile: [features][PANEL]), so that a
    layer is `products` of its weights, and a softmax or a norm takes every token in its own lane. */
 
-#define BLOCK 256 /* tokens that are read at once */
+#define BLOCK 128 /* tokens that are read at once: their scores stay near (96 to 256: 3 % apart) */
 #define TILE(n) ((size_t)(n) * PANEL)
 
 /* LANES rows of LANES values, turned: by interleaving each row with the one half of them further. */
@@ -61,16 +61,18 @@ TARGET static void OF(linear)(const float *weight, const float *bias, int output
 /* Softmax over n rows of a tile, in place. */
 TARGET static void OF(softmax)(float *tile, int n)
 {
-    for (Floats *own = (Floats *)tile; own < (Floats *)(tile + PANEL); own++) {
-        Floats best = own[0], sum = {0};
-        for (int k = 1; k < n; k++)
-            best = OF(greater)(own[2 * k], best);
-        for (int k = 0; k < n; k++)
-            sum += own[2 * k] = OF(exp2_of)((own[2 * k] - best) * OCTAVE);
-        sum = 1 / sum;
-        for (int k = 0; k < n; k++)
-            own[2 * k] *= sum;
-    }
+    Floats *own = (Floats *)tile, best[2] = {own[0], own[1]}, sum[2] = {0};
+    for (int k = 1; k < n; k++)
+        for (int i = 0; i < 2; i++)
+            best[i] = OF(greater)(own[2 * k + i], best[i]);
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < 2; i++)
+            sum[i] += own[2 * k + i] = OF(exp2_of)((own[2 * k + i] - best[i]) * OCTAVE);
+    for (int i = 0; i < 2; i++)
+        sum[i] = 1 / sum[i];
+    for (int k = 0; k < n; k++)
+        for (int i = 0; i < 2; i++)
+            own[2 * k + i] *= sum[i];
 }
 
 /* A layer norm without weights. */
@@ -205,19 +207,26 @@ TARGET static int OF(classify)(const struct maps *maps, int height, int width, i
    are worth now. */
 TARGET static void OF(shared)(float *scores, int n, int wide, float *most, float *sums, float *scale)
 {
-    for (int r = 0; r < wide; r += LANES) {
-        Floats before = AT(most + r), best = before, sum = {0};
+    for (int r = 0; r < wide; r += PANEL) {
+        Floats best[2] = {AT(most + r), AT(most + r + LANES)}, from[2], sum[2] = {0};
         for (int t = 0; t < n; t++)
-            best = OF(greater)(AT(scores + (size_t)t * wide + r), best);
-        const Ints none = best == -INFINITY; /* -inf less itself would be no number */
-        const Floats from = (Floats)(~none & (Ints)best);
-        for (int t = 0; t < n; t++) {
-            float *own = scores + (size_t)t * wide + r;
-            sum += *(Floats *)own = OF(exp2_of)((AT(own) - from) * OCTAVE);
+            for (int i = 0; i < 2; i++)
+                best[i] = OF(greater)(AT(scores + (size_t)t * wide + r + i * LANES), best[i]);
+        for (int i = 0; i < 2; i++) {
+            const Ints none = best[i] == -INFINITY; /* -inf less itself would be no number */
+            from[i] = (Floats)(~none & (Ints)best[i]);
         }
-        *(Floats *)(most + r) = best;
-        *(Floats *)(sums + r) = sum;
-        *(Floats *)(scale + r) = OF(exp2_of)((before - from) * OCTAVE);
+        for (int t = 0; t < n; t++)
+            for (int i = 0; i < 2; i++) {
+                float *own = scores + (size_t)t * wide + r + i * LANES;
+                sum[i] += *(Floats *)own = OF(exp2_of)((AT(own) - from[i]) * OCTAVE);
+            }
+        for (int i = 0; i < 2; i++) {
+            float *before = most + r + i * LANES;
+            *(Floats *)(scale + r + i * LANES) = OF(exp2_of)((AT(before) - from[i]) * OCTAVE);
+            *(Floats *)(sums + r + i * LANES) = sum[i];
+            *(Floats *)before = best[i];
+        }
     }
 }
 

@@ -566,14 +566,10 @@ def _same_folder_everywhere(run_uri: str, patience_s: float) -> None:
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     if run_uri.startswith("s3://") or len(nodes) < 2:
         return
-    here = _sees(run_uri)
-    ask = ray.remote(_sees)
-    for node in nodes:
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        there = _waited(
-            ask.options(num_cpus=LOAD_CPUS, scheduling_strategy=strategy).remote(run_uri),
-            patience_s,
-        )
+    here, ask = _sees(run_uri), ray.remote(_sees).options
+    on = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes)
+    asked = [ask(num_cpus=LOAD_CPUS, scheduling_strategy=node).remote(run_uri) for node in on]
+    for node, there in zip(nodes, _waited(asked, patience_s), strict=True):  # all at once
         if there != here:
             raise RunRefused(
                 f"node {node['NodeManagerAddress']} does not see this run at {run_uri} ({there}); "

@@ -7,7 +7,7 @@
 
 /* One row of pixels between two widened rows: who wins, and its softmax. Ties go to the first. Of a few
    neighbours at a time all classes, so that what is best stays in registers. */
-#define BESIDE 4
+#define BESIDE 4 /* 1 to 4: 15 % apart (AVX2, 2026-12-01) */
 TARGET static void OF(row)(const float *restrict above, const float *restrict below, int classes,
                            float share, float *restrict octaves, int32_t *restrict index,
                            float *restrict sure)

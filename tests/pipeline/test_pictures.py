@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.clock import Clock
+from pipeline.config import Compute
 from pipeline.decode import DecodeLimits
+from pipeline.line import Line
 from pipeline.pictures import RGB, ahead
 from pipeline.records import EncodedImage
 from pipeline.room import Room
@@ -56,6 +58,16 @@ def decoded_while_the_first_is_in_use(room: Room, expected: int, threads: int = 
 )
 def test_pictures_are_decoded_ahead_as_far_as_there_is_room(share, expected):
     assert decoded_while_the_first_is_in_use(Room(share), expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "threads"),
+    [(None, "cpu", 0), (None, "cuda", 2), (3, "cpu", 3), (0, "cuda", 0)],
+)
+def test_who_decodes_is_asked_for_or_follows_from_the_device(asked, device, threads):
+    own = SimpleNamespace(config=SimpleNamespace(compute=Compute(decode_threads=asked)))
+
+    assert Line.decoders(own, device) == threads
 
 
 def test_without_threads_none_is_decoded_before_it_is_asked_for_and_by_who_asks():

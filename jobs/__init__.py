@@ -29,8 +29,8 @@ INTERRUPTED = "interrupted: what is committed stays; run the same command again 
 
 OUT_OF_MEMORY = (
     "not finished: memory ran out (%r); what is committed stays. Run the same command again with "
-    "fewer --compute.workers or --compute.decode-threads, or where there is more memory; a "
-    "smaller --batch.window-mb needs another --out"
+    "fewer --compute.workers (beside a GPU, --compute.decode-threads), or where there is more "
+    "memory; a smaller --batch.window-mb needs another --out"
 )
 
 QUIET = (

@@ -156,7 +156,7 @@ class _TellingClock(Clock):
         self._channel = channel
 
     def work(self, name: str, seconds: float) -> None:
-        """See `Clock.work`: a decoding thread's work is booked when it is done."""
+        """See `Clock.work`: each picture's decoding is booked when it is done (pictures.py)."""
         super().work(name, seconds)
         if name == "decode":
             self._channel.send("decoded")

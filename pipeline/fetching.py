@@ -7,8 +7,9 @@ their size (5,500 below a prefix, STORE §6), and each costs a round trip and it
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from pipeline.errors import StorageBusy, StorageError, StorageMissing
 from pipeline.keys import path_of, printable
@@ -147,32 +148,40 @@ def in_flight(read: Callable[[In], Out], items: Sequence[In], threads: int) -> I
         yield from map(read, items)
         return
     left = iter(enumerate(items))  # one `next` of it is one step: threads may share it
-    landed: SimpleQueue[tuple[int, Out] | BaseException] = SimpleQueue()
+    landed: SimpleQueue[tuple[int, Callable[[], Out]]] = SimpleQueue()
 
     def work() -> None:
         for number, item in left:
-            try:
-                landed.put((number, read(item)))
-            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-                landed.put(error)
+            landed.put((number, _outcome(read, item)))
 
     # Not a future each: those of small files took a tenth of all that is done in Python.
     with ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="fetch") as pool:
-        for _ in range(min(threads, len(items))):
-            pool.submit(work)
         try:
+            for _ in range(min(threads, len(items))):
+                pool.submit(work)
             yield from _in_turn(landed, len(items))
         finally:
             deque(left, maxlen=0)  # nobody wants the rest
 
 
-def _in_turn(landed: "SimpleQueue[tuple[int, Out] | BaseException]", count: int) -> Iterator[Out]:
+def _outcome(read: Callable[[In], Out], item: In) -> Callable[[], Out]:
+    """What gives the answer, or raises why there is none, where it is waited for."""
+    try:
+        answer = read(item)
+    except BaseException as error:  # noqa: BLE001 - see above
+        return partial(_raised, error)
+    return lambda: answer
+
+
+def _raised(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _in_turn(landed: "SimpleQueue[tuple[int, Callable[[], Out]]]", count: int) -> Iterator[Out]:
     """So many answers in order, whatever order they come in."""
-    early: dict[int, Out] = {}
-    for number in range(count):
-        while number not in early:
-            said = landed.get()
-            if isinstance(said, BaseException):
-                raise said
-            early[said[0]] = said[1]
-        yield early.pop(number)
+    early: dict[int, Callable[[], Out]] = {}
+    for wanted in range(count):
+        while wanted not in early:
+            number, outcome = landed.get()
+            early[number] = outcome
+        yield early.pop(wanted)()

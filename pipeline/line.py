@@ -43,8 +43,8 @@ class Line:
     def decoders(self, device: str) -> int:
         """Threads that decode ahead of a model on a device of this type."""
         asked = self.config.compute.decode_threads
-        # On a CPU they would take from a core what its worker has, and cost 5 % of a small model's
-        # time to hand pictures over (2026-12-01).
+        # Where every core has a worker they would take its core, and to hand a picture over costs
+        # half a millisecond (2026-12-01).
         return asked if asked is not None else 0 if device == "cpu" else BESIDE_GPU
 
     @property

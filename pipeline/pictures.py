@@ -109,7 +109,7 @@ def _here(
         line.room.take(need, wait=True)
         try:
             outcome = make(item)
-            clock.work("decode", 0.0)  # done; who asked has booked the time
+            clock.work("decode", 0.0)  # a sign that it is done; its time is booked by who asks
             yield outcome
         finally:
             line.room.give_back(need)  # the next is wanted: this one has been cut

@@ -21,7 +21,7 @@ TINY = {"variant": "plus", "size": "xs"}
 MEAN, STD = (0.2, 0.2, 0.2), (0.25, 0.25, 0.25)
 COLOURS = ((0, 0, 0), (255, 170, 0), (0, 90, 255), (120, 120, 120))
 NAMES = ("background", "nucleus", "debris", "edge")
-ONE_WORKER = Compute(workers=1, decode_threads=1, fetch_threads=2)
+ONE_WORKER = Compute(workers=1, fetch_threads=2)
 BUDGET = 4 * 160 * 160  # small, so that a fragment makes several batches
 
 

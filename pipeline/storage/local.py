@@ -91,9 +91,8 @@ class LocalStore:
         """
         target = self._at(path)
         with _translated(self.uri), _of_one_file(target), _opened(target) as handle:
-            about = _refuse_changed(handle, path, etag)
-            left = max(0, about.st_size - start)
-            data = _bytes_of(handle, start, left if length is None else min(left, length))
+            _refuse_changed(handle, path, etag)
+            data = _bytes_of(handle, start, length)
             _refuse_changed(handle, path, etag)
             return data
 
@@ -162,29 +161,29 @@ def _opened(target: Path) -> Iterator[int]:
     """A regular file, open. A name may lead to a FIFO by now, and nobody waits for its writer."""
     handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if not S_ISREG(os.fstat(handle).st_mode):
+            raise StorageMissing(f"{printable(str(target))} is no regular file")
         yield handle
     finally:
         os.close(handle)
 
 
-def _refuse_changed(handle: int, path: str, etag: str | None) -> os.stat_result:
-    about = os.fstat(handle)
-    if not S_ISREG(about.st_mode):
-        raise StorageMissing(f"{printable(path)} is no regular file")
-    if etag is not None and _etag(about) != etag:
+def _refuse_changed(handle: int, path: str, etag: str | None) -> None:
+    if etag is not None and _etag(os.fstat(handle)) != etag:
         raise ObjectChanged(f"{printable(path)} was written again since it was planned")
-    return about
 
 
-def _bytes_of(handle: int, start: int, length: int) -> bytes:
-    """So many bytes, or fewer where the file ends; from the system straight into their place."""
-    data = os.pread(handle, length, start)
-    if len(data) == length:
+def _bytes_of(handle: int, start: int, length: int | None) -> bytes:
+    """So many bytes, or all there are; mostly in one go, from the system straight into place."""
+    left = max(0, os.fstat(handle).st_size - start)
+    wanted = left if length is None else min(left, length)
+    data = os.pread(handle, wanted, start)
+    if data and len(data) == wanted:
         return data
-    parts = [data]  # the system gives 2 GB at a time
-    while parts[-1] and (left := length - sum(map(len, parts))):
-        parts.append(os.pread(handle, left, start + length - left))
-    return b"".join(parts)
+    # It ends early, is beyond the 2 GB of one go, or of a size that the system does not know.
+    with open(handle, "rb", closefd=False) as file:
+        file.seek(start)
+        return file.read() if length is None else file.read(length)
 
 
 def _etag(about: os.stat_result) -> str:

@@ -144,32 +144,60 @@ def test_answers_come_in_order_whoever_is_late(threads):
 
 def test_an_answer_is_there_before_all_are():
     late = threading.Event()
-    answers = in_flight(lambda number: number if number < 4 else late.wait(), range(5), 2)
+    answers = in_flight(lambda number: number if number < 4 else late.wait(5), range(5), 2)
 
     assert [next(answers) for _ in range(4)] == [0, 1, 2, 3]
     late.set()
     assert list(answers) == [True]
 
 
-def test_after_an_error_nothing_more_is_asked_for():
-    asked = []
+def test_an_error_comes_in_its_turn_and_nothing_more_is_asked_for_after_it():
+    asked, got = [], []
 
     def read(number: int) -> int:
         asked.append(number)
-        time.sleep(0.002)
-        if number == 4:
-            raise StorageBusy("gone")
+        time.sleep(0.03 if number == 0 else 0.002)
+        if number in (4, 5):
+            raise StorageBusy(f"{number} is gone")
         return number
 
-    with pytest.raises(StorageBusy, match="gone"):
-        list(in_flight(read, range(1000), 3))
-    assert len(asked) < 20
+    with pytest.raises(StorageBusy, match="4 is gone"):
+        got.extend(in_flight(read, range(1000), 3))
+    assert got == [0, 1, 2, 3]
+    assert len(asked) < 500
 
 
 def test_who_gives_up_early_waits_for_what_was_asked_and_asks_no_more():
-    asked = []
-    answers = in_flight(lambda number: asked.append(number) or time.sleep(0.002), range(1000), 3)
+    asked, ended = [], []
+
+    def read(number: int) -> None:
+        asked.append(number)
+        time.sleep(0.002)
+        ended.append(number)
+
+    answers = in_flight(read, range(1000), 3)
     next(answers)
     answers.close()
 
-    assert len(asked) < 20
+    assert sorted(asked) == sorted(ended)
+    assert len(asked) < 500
+
+
+def test_where_no_more_threads_can_be_started_nothing_more_is_asked_for(monkeypatch):
+    asked, started = [], []
+    start = threading.Thread.start
+
+    def once(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def read(number: int) -> None:
+        asked.append(number)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(threading.Thread, "start", once)
+    with pytest.raises(RuntimeError, match="new thread"):
+        list(in_flight(read, range(1000), 3))
+    assert len(asked) < 500

@@ -598,7 +598,7 @@ print(len(images), *sizes, int(peak) // 1024)
 
 def test_one_large_value_that_all_rows_repeat_is_not_held_once_a_row(tmp_path):
     value = bytes(40 * 1024**2)
-    column = pa.array([value], pa.binary()).dictionary_encode().take(pa.array([0] * 64))
+    column = pa.array([value], pa.binary()).dictionary_encode().take(pa.array([0] * 16))
     table = pa.table({"image": pa.DictionaryArray.from_arrays(column.indices, column.dictionary)})
     pq.write_table(table, tmp_path / "t.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "t.parquet").stat().st_size < 100_000
@@ -609,5 +609,5 @@ def test_one_large_value_that_all_rows_repeat_is_not_held_once_a_row(tmp_path):
     )  # fmt: skip
 
     rows, size, peak_mb = map(int, told.stdout.split())
-    assert (rows, size) == (64, len(value))
-    assert peak_mb < 1200  # all at once are 2,560 and more
+    assert (rows, size) == (16, len(value))
+    assert peak_mb < 450  # all at once are 640 and more; 210 have been seen

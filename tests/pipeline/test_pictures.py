@@ -80,7 +80,7 @@ def test_without_threads_none_is_decoded_before_it_is_asked_for_and_by_who_asks(
     made = list(clock.over("decode", some))
     assert len(made) == 3
     assert set(by) == {threading.current_thread()}
-    assert clock.busy["decode"] == pytest.approx(clock.seconds["decode"], rel=0.5)  # booked once
+    assert clock.busy["decode"] < 1.5 * clock.seconds["decode"]  # booked once
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -200,6 +200,14 @@ def test_bytes_that_the_system_gives_in_pieces_are_all_read(store, monkeypatch):
     assert store.read("x", 5000, 10) == b""
 
 
+def test_a_file_of_a_size_that_the_system_does_not_know_is_read_to_its_end():
+    proc = LocalStore(Path("/proc/self"))  # as some file systems in user space have it
+
+    assert proc.stat("status").nbytes == 0
+    assert b"VmHWM" in proc.read("status")
+    assert len(proc.read("status", 5, 10)) == 10
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_file_on_a_bad_sector_costs_only_itself(store, monkeypatch, number):
     def opened(target):

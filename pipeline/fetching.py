@@ -7,9 +7,8 @@ their size (5,500 below a prefix, STORE §6), and each costs a round trip and it
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from queue import SimpleQueue
-from typing import NoReturn, TypeVar
+from typing import TypeVar, cast
 
 from pipeline.errors import StorageBusy, StorageError, StorageMissing
 from pipeline.keys import path_of, printable
@@ -148,11 +147,16 @@ def in_flight(read: Callable[[In], Out], items: Sequence[In], threads: int) -> I
         yield from map(read, items)
         return
     left = iter(enumerate(items))  # one `next` of it is one step: threads may share it
-    landed: SimpleQueue[tuple[int, Callable[[], Out]]] = SimpleQueue()
+    landed: SimpleQueue[tuple[int, Out | None, BaseException | None]] = SimpleQueue()
 
     def work() -> None:
         for number, item in left:
-            landed.put((number, _outcome(read, item)))
+            answer = problem = None
+            try:
+                answer = read(item)
+            except BaseException as error:  # noqa: BLE001 - raised in its turn, where it is waited for
+                problem = error
+            landed.put((number, answer, problem))
 
     # Not a future each: those of small files took a tenth of all that is done in Python.
     with ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="fetch") as pool:
@@ -164,24 +168,16 @@ def in_flight(read: Callable[[In], Out], items: Sequence[In], threads: int) -> I
             deque(left, maxlen=0)  # nobody wants the rest
 
 
-def _outcome(read: Callable[[In], Out], item: In) -> Callable[[], Out]:
-    """What gives the answer, or raises why there is none, where it is waited for."""
-    try:
-        answer = read(item)
-    except BaseException as error:  # noqa: BLE001 - see above
-        return partial(_raised, error)
-    return lambda: answer
-
-
-def _raised(error: BaseException) -> NoReturn:
-    raise error
-
-
-def _in_turn(landed: "SimpleQueue[tuple[int, Callable[[], Out]]]", count: int) -> Iterator[Out]:
-    """So many answers in order, whatever order they come in."""
-    early: dict[int, Callable[[], Out]] = {}
+def _in_turn(
+    landed: "SimpleQueue[tuple[int, Out | None, BaseException | None]]", count: int
+) -> Iterator[Out]:
+    """So many answers, or what went wrong, in order, whatever order they come in."""
+    early: dict[int, tuple[Out | None, BaseException | None]] = {}
     for wanted in range(count):
         while wanted not in early:
-            number, outcome = landed.get()
-            early[number] = outcome
-        yield early.pop(wanted)()
+            number, answer, problem = landed.get()
+            early[number] = answer, problem
+        answer, problem = early.pop(wanted)
+        if problem is not None:
+            raise problem
+        yield cast("Out", answer)

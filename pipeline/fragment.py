@@ -194,7 +194,9 @@ def _laid_out(named: dict[str, pa.Table]) -> tuple[dict[str, list[int]], bytes]:
     """Where each table lies in T, and T."""
     places, data = {}, b""
     for name, table in named.items():
-        written = write_table(table)
+        # Of at most some thousand rows dictionaries are larger than what they save, and take longer
+        # (both tables, 16 rows: 10.4 -> 9.4 KB, 2.9 -> 1.8 ms; 1024: 82 -> 69 KB, 3.5 -> 2.4 ms).
+        written = write_table(table, dictionaries=False)
         places[name] = [len(data), len(data) + len(written)]
         data += written
     return places, data

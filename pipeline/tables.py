@@ -132,10 +132,15 @@ def in_our_words() -> Iterator[None]:
         raise TableDamaged(f"not a readable Parquet table: {error}") from error
 
 
-def write_table(table: pa.Table) -> bytes:
-    """A table as one Parquet object; equal tables give equal bytes."""
+def write_table(table: pa.Table, *, dictionaries: bool = True) -> bytes:
+    """A table as one Parquet object; equal tables give equal bytes.
+
+    Args:
+        table: what is written.
+        dictionaries: whether values that come again are written once, for readers of many rows.
+    """
     sink = io.BytesIO()
-    writer = pq.ParquetWriter(sink, table.schema, **WRITTEN)
+    writer = pq.ParquetWriter(sink, table.schema, use_dictionary=dictionaries, **WRITTEN)
     writer.write_table(table)
     return sealed(writer, sink)
 

@@ -213,6 +213,11 @@ def run_once(
     if done.returncode not in {0, 3}:
         raise SystemExit(done.stderr)
     call = json.loads(done.stdout)["this_call"]
+    if call["images_per_second_first_to_last_fragment"] is None:
+        raise SystemExit(
+            f"{call['images']} pictures are {call['fragments']} fragments, too few to time the "
+            "first to the last: give --images 200 or more"
+        )
     busy = call["busy_seconds_per_stage"]
     return {
         "own": call["efficiency"],

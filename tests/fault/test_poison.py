@@ -240,8 +240,8 @@ def test_a_child_that_cannot_start_stops_the_run_and_rejects_nothing(place, tmp_
 @pytest.mark.parametrize("end", ["SIGKILL", "interrupted twice", "stuck"])
 def test_a_child_that_hangs_ends_with_its_parent(place, end):
     bad = {
-        "a.jpg": poison("decode", b"HANG", jpeg(60, 80, 8)),
-        "b.jpg": poison("decode", b"KILL", jpeg(60, 80, 9)),  # ends the first attempt at once
+        "a.jpg": poison("decode", b"KILL", jpeg(60, 80, 9)),  # ends the first attempt at once
+        "b.jpg": poison("decode", b"HANG", jpeg(60, 80, 8)),
     }
     filled(place.source, bad)
     assert place.called() == -signal.SIGABRT

@@ -12,14 +12,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 def machine() -> str:
-    """Cores and processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in info.read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.processor()}"
+    """Cores, processor and its widest registers, as far as the system tells."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    about = {name.strip(): value.strip() for name, _, value in lines}
+    wide = "AVX-512" if "avx512f" in about.get("flags", "").split() else ""
+    words = [about.get("model name", platform.processor()), wide]
+    return ", ".join([f"{len(os.sched_getaffinity(0))} cores", *filter(None, words)])
 
 
 def commit() -> str:

@@ -66,10 +66,15 @@ def children(run: Path) -> list[psutil.Process]:
     return [p for p in found if {"pipeline.careful", str(run)} <= set(p.info["cmdline"] or ())]
 
 
-def readers() -> list[psutil.Process]:
-    """Processes that read tables, whoever their parent is by now."""
-    found = psutil.process_iter(["cmdline"])
-    return [p for p in found if "pipeline.apart" in (p.info["cmdline"] or ())]
+def readers(start: Path) -> list[psutil.Process]:
+    """Processes that read tables and fall for what is spread there, whoever their parent is."""
+    found = psutil.process_iter(["cmdline", "environ"])
+    return [
+        p
+        for p in found
+        if "pipeline.apart" in (p.info["cmdline"] or ())
+        and str(start) in (p.info["environ"] or {}).get("PYTHONPATH", "")
+    ]
 
 
 def rejections(run: Path) -> dict[str, tuple[str, str]]:
@@ -145,12 +150,13 @@ def test_a_table_that_kills_its_reader_costs_its_rows_from_there_on(
     rows = [jpeg(60, 80, 7), poison("read", b"KILL", jpeg(60, 80, 8)), jpeg(60, 80, 9)]
     source = filled(tmp_path / "in", {**GOOD, "table.parquet": parquet_of(rows)})
     (source / "ends_its_reader.parquet").write_bytes(ends_its_reader())
-    run, others = tmp_path / "run", {process.pid for process in readers()}
+    run, start = tmp_path / "run", tmp_path / "start"
 
     with runs.command(
         runs.words(source, run, tiny_bundle, "--on", where),
-        environment=everywhere(tmp_path / "start", spread),
+        environment=everywhere(start, spread),
     ) as driver:
+        runs.until(lambda: readers(start), "a reader", every=0.05)
         assert driver.ended() == EXIT_REJECTIONS, driver.out + driver.err
 
     assert rejections(run) == {
@@ -163,7 +169,7 @@ def test_a_table_that_kills_its_reader_costs_its_rows_from_there_on(
     assert masks.items() >= clean["masks"].items()
     assert masks.keys() - clean["masks"].keys() == {"table.parquet#0"}
     assert attempts(run) == ["0"]
-    assert {process.pid for process in readers()} <= others
+    assert not readers(start)
 
 
 # -- what is no kill -----------------------------------------------------------------------------

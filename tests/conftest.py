@@ -238,7 +238,8 @@ def two_ray_nodes(environment: dict[str, str]) -> Iterator[RayNodes]:
             patch.setenv(name, value)
         cluster = Cluster()
         try:
-            cluster.add_node(num_cpus=0, temp_dir=folder, **size)  # the first is the head
+            # the first is the head; None: any free port, where by itself it insists on 8265
+            cluster.add_node(num_cpus=0, temp_dir=folder, dashboard_port=None, **size)
             workers = [cluster.add_node(num_cpus=WORKER_CPUS, **size) for _ in range(2)]
             if not cluster.address.startswith(f"{LOOPBACK}:"):
                 raise RuntimeError(f"Ray listens on {cluster.address}, which is not loopback")

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.skipif(CORPUS is None, reason="MASKFLEET_CORPUS names n
 @pytest.fixture
 def hostile(tmp_path) -> Path:
     with tarfile.open(CORPUS) as archive:
-        archive.extractall(tmp_path / "corpus", filter="data")
+        # not as an argument: Debian's Python 3.11.2 does not know it
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(tmp_path / "corpus")
     return tmp_path / "corpus"
 
 

@@ -1,6 +1,7 @@
 """Small archives, runs over them, and what two runs must have in common."""
 
 import shutil
+import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ def filled(folder: Path, contents: dict[str, bytes]) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    return folder
+
+
+def unpacked(archive: Path | str, folder: Path) -> Path:
+    """Write what a tar holds into a folder."""
+    with tarfile.open(archive) as tar:
+        # not as an argument: Debian's Python 3.11.2 does not know it
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder)
     return folder
 
 

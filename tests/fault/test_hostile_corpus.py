@@ -7,7 +7,6 @@ project, so without it this is skipped; .ci/nightly runs it where it is there.
 from __future__ import annotations
 
 import os
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 from pipeline.errors import EXIT_DONE, EXIT_REJECTIONS, REASONS
 from pipeline.reader import open_run
 from tests import runs
-from tests.archives import filled, jpeg, png
+from tests.archives import filled, jpeg, png, unpacked
 
 CORPUS = os.environ.get("MASKFLEET_CORPUS")
 GOOD = {f"good/{n}.png": png(40 + n, 60, n) for n in range(8)} | {
@@ -30,11 +29,7 @@ pytestmark = pytest.mark.skipif(CORPUS is None, reason="MASKFLEET_CORPUS names n
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
-    with tarfile.open(CORPUS) as archive:
-        # not as an argument: Debian's Python 3.11.2 does not know it
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)
-        archive.extractall(tmp_path / "corpus")
-    return tmp_path / "corpus"
+    return unpacked(CORPUS, tmp_path / "corpus")
 
 
 @pytest.mark.timeout(900)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from pipeline.ledger import Ledger
 from pipeline.status import status
 from pipeline.storage import open_store
 from pipeline.verify import verify
-from tests.archives import copied, problems, segment, tree
+from tests.archives import copied, problems, segment, tree, unpacked
 
 V1 = Path(__file__).parents[1] / "fixtures" / "runs-v1.tar.xz"
 """A run with masks and one of a classifier, written by format version 1 on 2026-11-28; what they
@@ -25,12 +24,7 @@ NEWER = 2
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("v1")
-    with tarfile.open(V1) as archive:
-        # not as an argument: Debian's Python 3.11.2 does not know it
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)
-        archive.extractall(folder)
-    return folder
+    return unpacked(V1, tmp_path_factory.mktemp("v1"))
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@
 Reported per process that lived through the run: its own memory (resident less shared) after the
 first fifth, at the end, the peak, and the growth over the last four fifths (of the straight line
 through all samples there); beside it the growth of all resident memory. The difference
-is Ray's object store: whoever has read an object there counts its pages as resident until the store
-has been used once from end to end (`compute.object_store_mb`), though they exist once.
+is Ray's object store, through which pictures pass beside GPUs: whoever has read an object there
+counts its pages as resident until the store has been used once from end to end
+(`compute.object_store_mb`), though they exist once.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.record import record
 def kind(process: psutil.Process) -> str | None:
     """What a process of the run is, or None for those that are not ours to watch."""
     command = " ".join(process.cmdline())
-    if "_Segment" in command:
+    if "(_Worker)" in command:
         return "segment actor"
     if "ray::" in command:
         return "task worker"

@@ -1,13 +1,17 @@
-"""The three legs of run.py, spread with Ray Data. Ray lives here and in jobs/.
+"""`run_fragment` (run.py) on many machines, spread with Ray Data. Ray lives here and in jobs/.
 
-A row of the data set is a fragment: one row in, one row out of every leg, whatever happens. Encoded
-bytes travel from `load` to `segment`, compressed fragment objects from `segment` to `store`; pixels
-travel nowhere. Ray runs even finished tasks again after losing a node, so each leg first looks
-whether the fragment is committed, and passes it through if so; the create-only put does the rest.
-Once the driver is asked to stop they pass through what is not begun (pipeline/stopping.py).
+A row of the data set is a fragment: one row in, one row out, whatever happens. An actor takes it
+from bucket to mask as a process does, fetching one fragment while it segments another, so that
+nothing travels but which fragment it is, and its receipt. Beside a GPU, whose process has better to
+do than speak with a store, `load` is a leg of its own: tasks on any node, from which encoded bytes
+travel to the actors. Pixels travel nowhere.
 
-Different ``num_cpus`` keep Ray from fusing the legs; actors never hold every CPU, or the tasks that
-rebuild lost rows could never start (FAULTS §0.5).
+Ray runs even finished calls again after losing a node, so each first looks whether the fragment is
+committed, and passes it through if so; the create-only put does the rest. Once the driver is asked
+to stop they pass through what is not begun (pipeline/stopping.py).
+
+Actors never hold every CPU, or those of a lost node, and the tasks that rebuild lost rows, would
+find no place (FAULTS §0.5).
 """
 
 # Ray Data types a leg as a function of one batch, though `fn_args` gives it more.
@@ -35,11 +39,10 @@ from pipeline.errors import RunRefused, RunUnfinished, StorageError
 from pipeline.ledger import RUN
 from pipeline.line import Line
 from pipeline.memory import refuse_too_little
-from pipeline.packing import object_of
 from pipeline.place import GPU_THREADS, Capacity, Found
 from pipeline.probing import probing
 from pipeline.records import EncodedImage, Receipt, Task, Verdict
-from pipeline.run import attempt, load, store
+from pipeline.run import Turn, in_flight, load, run_fragment
 from pipeline.storage import open_store
 
 # Ray binds the machine's outside address unless this switch, meant for other systems, is off:
@@ -63,12 +66,12 @@ from pipeline.stopping import Notes, Stopping
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-LOAD_CPUS, STORE_CPUS = 0.25, 0.2  # mostly waiting; unequal, so that Ray does not fuse them
-SEGMENT_CPUS = (
-    0.5  # one actor per core may start, and half of the CPUs stay for the tasks around it
-)
-IN_FLIGHT = 2  # fragments an actor has at hand: the next one's bytes are there when one is done
+LOAD_CPUS = 0.25  # mostly waiting
+SEGMENT_CPUS = 0.5  # one actor per core may start, and half of the CPUs stay for what is around it
 MOST_WORKERS = 1024  # actors an autoscaling cluster may grow to
+GROW_AT, SHRINK_AT = 0.6, 0.25
+"""Of the calls that a pool, with those to come, may have at once. All that are there have all, so
+two thirds more are asked for; Ray's own bounds are for queues of twice as many."""
 TRIES = 4  # workers that one item of `OnRay.each` may cost: it may be what kills them
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Where the store is; never who we are: workers find credentials in their own chain."""
@@ -77,8 +80,8 @@ WORKERS = {"MALLOC_ARENA_MAX": "1"}
 runs, and memory freed in one never serves another (`pipeline.heap.one_arena`)."""
 
 KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
-"""Ray ends task workers beyond its count of cores after an idle second, though fragments are longer
-than that; each start anew costs two seconds of a core (measured: a fifth of a run on two cores)."""
+"""Ray ends task workers beyond its count of cores after an idle second, though fragments, and steps
+of a training, are longer than that; each start anew costs two seconds of a core (2026-11-27)."""
 
 
 class OnRay:
@@ -104,7 +107,7 @@ class OnRay:
         _quiet()
         # Ray refuses what the surrounding job has set already, were it the same.
         told = {name: value for name, value in WORKERS.items() if name not in os.environ}
-        shipped: dict[str, Any] = {"env_vars": told}
+        shipped: dict[str, Any] = {} if self._local else {"env_vars": told}
         common: dict[str, Any] = {
             "log_to_driver": False,
             "logging_level": logging.ERROR,
@@ -115,6 +118,7 @@ class OnRay:
                 _guard()
             with _hushed(), _signals_kept():
                 if self._local:
+                    os.environ.update(told)  # Ray inherits it, and what it started early fits then
                     memory = self._compute.object_store_mb * 1024**2
                     cores = len(os.sched_getaffinity(0))
                     ray.init(
@@ -201,7 +205,7 @@ class OnRay:
         if stop.is_set():
             return
         _same_folder_everywhere(run_uri, self._compute.no_progress_s)
-        _tune(self._compute)
+        _tune(self._compute, budgets=self._grows or bool(self.gpus))
         with in_our_words(), Stopping(stop) as stopping:
             about = (run_uri, self._compute.model_dump_json(), forwarded(), stopping.call)
             with contextlib.closing(self._rows(todo, about)) as rows:
@@ -213,16 +217,16 @@ class OnRay:
                         return
 
     def _rows(self, todo: list[Task], about: tuple[str, ...]) -> Generator[dict[str, Any]]:
-        """What comes out of the last leg, a fragment a row."""
+        """What comes out, a fragment a row."""
         rows = [pa.Table.from_pylist([asdict(task)]) for task in todo]
         legs = rd.from_arrow(rows)
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-        loaders = rd.TaskPoolStrategy(self._loaders(len(todo)))
-        legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, compute=loaders, **one)
+        if self.gpus:
+            legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
+        turns = GPU_THREADS if self.gpus else 1
         legs = legs.map_batches(
-            _Segment, fn_constructor_args=about, **one, **self._actors(len(todo))
+            _Worker, fn_constructor_args=(*about, turns), **one, **self._actors(len(todo), turns)
         )
-        legs = legs.map_batches(_store, fn_args=about, num_cpus=STORE_CPUS, **one)
         batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in cast("Iterable[pa.Table]", batches):
             yield from batch.to_pylist()
@@ -236,7 +240,7 @@ class OnRay:
         self.connect()
         gpus, alive = self.gpus, self.alive()
         count = self._wanted(alive)
-        worker = ray.remote(_Worker).options(
+        worker = ray.remote(_Maker).options(
             num_cpus=_share(alive, count),
             num_gpus=gpus and _gpu_share(alive, count),
             max_concurrency=GPU_THREADS if gpus else 1,
@@ -262,22 +266,13 @@ class OnRay:
         total = sum(node.get("GPU" if self.gpus else "CPU", 0) for node in alive)
         return self._compute.workers or max(1, int(total))
 
-    def _loaders(self, fragments: int) -> int | None:
-        """Load tasks at a time, each in a process of its own; None: as many as there is room for.
-
-        A CPU takes longer for a fragment than its bytes take to come: more would only be processes.
-        """
-        if self.gpus or self._grows:
-            return None
-        return max(1, min(self._wanted(self.alive()) + 1, fragments))
-
     @property
     def _grows(self) -> bool:
         """Whether nodes may come."""
         return not self._local and _autoscaling()
 
-    def _actors(self, fragments: int) -> dict[str, Any]:
-        """Actor pool and resources of the segment leg."""
+    def _actors(self, fragments: int, turns: int) -> dict[str, Any]:
+        """Actor pool and resources of the workers."""
         gpus, alive = self.gpus, self.alive()
         wanted = self._wanted(alive)
         if not self._grows:
@@ -288,17 +283,18 @@ class OnRay:
                 "min_size": 1,
                 "max_size": max(1, min(self._compute.workers or MOST_WORKERS, fragments)),
             }
-        threads = (
-            {"max_concurrent_calls_per_actor": GPU_THREADS, "enable_true_multi_threading": True}
-            if gpus
-            else {}
-        )
+        calls = in_flight(turns)
         strategy = rd.ActorPoolStrategy(
-            **pool, max_tasks_in_flight_per_actor=max(IN_FLIGHT, GPU_THREADS * gpus), **threads
+            **pool,
+            max_tasks_in_flight_per_actor=calls,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=True,
         )
+        # As many as there is room for come where nodes may: a core each, not two on one.
+        cpus = 1 if self._grows and not gpus else _share(alive, wanted)
         return {
             "compute": strategy,
-            "num_cpus": _share(alive, wanted),
+            "num_cpus": cpus,
             **({"num_gpus": _gpu_share(alive, wanted)} if gpus else {}),
         }
 
@@ -354,8 +350,13 @@ def _autoscaling() -> bool:
     return Path("~/ray_bootstrap_config.yaml").expanduser().exists()
 
 
-def _tune(compute: Compute) -> None:
+def _tune(compute: Compute, *, budgets: bool) -> None:
     context = rd.DataContext.get_current()
+    # They share the cluster between legs, and bound a pool that grows: of no use to one leg alone,
+    # and a fifth of what the driver computes.
+    context.op_resource_reservation_enabled = budgets
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINK_AT
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = compute.no_progress_s
@@ -461,7 +462,7 @@ def _line(run_uri: str, compute: str, settings: str) -> Line:
     return Line.open(run_uri, Compute.model_validate_json(compute))
 
 
-_TASK = tuple(Task.__dataclass_fields__)  # the columns that every leg passes on
+_TASK = tuple(Task.__dataclass_fields__)  # the columns of one
 
 
 def _task(table: pa.Table) -> Task:
@@ -477,63 +478,52 @@ def _load(table: pa.Table, run_uri: str, compute: str, settings: str, call: str)
         done = line.ledger.is_committed(task.fragment)
         items = [] if done or Notes(call).stopped else list(load(line.images(task), line))
     verdicts = [None if item.verdict is None else asdict(item.verdict) for item in items]
+    data = pa.array([item.data for item in items], pa.large_binary())
     row = {
-        "data": pa.array([[item.data for item in items]], pa.large_list(pa.large_binary())),
+        "data": pa.LargeListArray.from_arrays(pa.array([0, len(data)], pa.int64()), data),
         "verdicts": pa.array([json.dumps(verdicts)]),
         "clock": pa.array([json.dumps(clock.said())]),
     }
     return pa.table({**{name: table[name] for name in _TASK}, **row})
 
 
-class _Segment:
-    """The segment leg: an actor that holds the model."""
+class _Worker:
+    """An actor that holds the model, and some fragments at a time (run.py)."""
 
-    def __init__(self, run_uri: str, compute: str, settings: str, call: str) -> None:
+    def __init__(self, run_uri: str, compute: str, settings: str, call: str, turns: int) -> None:
         self._notes = Notes(call)
         self._line = _line(run_uri, compute, settings)
         self._segmenter = self._line.segmenter()
+        self._turn = Turn(turns, lambda: self._notes.stopped)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        task, line = _task(table), self._line
-        keep = {name: table[name] for name in _TASK}
-        if line.ledger.is_committed(task.fragment) or not self._notes.begin(task.fragment):
-            return pa.table(
-                {**keep, "object": pa.array([None], pa.large_binary()), "receipt": [""]}
-            )
-        clock = Clock()
-        clock.hear(json.loads(table["clock"][0].as_py()))
-        results = attempt(task, _encoded(table, line, task), line, self._segmenter, clock)
-        data, receipt = object_of(task, results, line, clock)
-        self._segmenter.between_fragments()
-        about = json.dumps(asdict(receipt))
-        return pa.table({**keep, "object": pa.array([data], pa.large_binary()), "receipt": [about]})
+        task, clock, receipt = _task(table), Clock(), None
+        if self._notes.begin(task.fragment):
+            encoded = _fetched(table, self._line, task, clock)
+            receipt = run_fragment(task, self._line, self._segmenter, clock, self._turn, encoded)
+        said = "" if receipt is None else json.dumps(asdict(receipt))
+        return pa.table({"fragment": table["fragment"], "receipt": [said]})
 
 
-def _encoded(table: pa.Table, line: Line, task: Task) -> Iterator[EncodedImage]:
+def _fetched(
+    table: pa.Table, line: Line, task: Task, clock: Clock
+) -> Iterator[EncodedImage] | None:
+    """What `_load` has fetched, if it has: the fragment may have been committed then."""
+    if "data" not in table.column_names:
+        return None
+    clock.hear(json.loads(table["clock"][0].as_py()))
     verdicts = json.loads(table["verdicts"][0].as_py())
     values = table["data"].combine_chunks().flatten()
     images = line.images(task)
-    if len(images) != len(values):  # committed when `load` looked, deleted since: fetch it here
-        yield from load(images, line)
-        return
-    for image, value, verdict in zip(images, values, verdicts, strict=True):
-        yield EncodedImage(image, value.as_py(), None if verdict is None else Verdict(**verdict))
+    if len(images) != len(values):
+        return None
+    return (  # a copy each, once it is wanted
+        EncodedImage(image, value.as_py(), None if verdict is None else Verdict(**verdict))
+        for image, value, verdict in zip(images, values, verdicts, strict=True)
+    )
 
 
-def _store(table: pa.Table, run_uri: str, compute: str, settings: str, _: str) -> pa.Table:
-    """The store leg: commit, and say what was committed."""
-    line, task = _line(run_uri, compute, settings), _task(table)
-    text = table["receipt"][0].as_py()
-    if text:
-        about, clock = json.loads(text), Clock()
-        clock.hear(about)
-        with clock.during("store"):
-            mine = store(task, table["object"][0].as_py(), line)
-        text = json.dumps({**about, **clock.said(), "adopted": not mine})
-    return pa.table({"fragment": table["fragment"], "receipt": [text]})
-
-
-class _Worker:
+class _Maker:
     """An actor that makes something of items (`OnRay.each`)."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], settings: str) -> None:

@@ -91,7 +91,7 @@ class Compute(_Knobs):
     image_memory_mb: int = Field(default=8192, ge=256)
     """Memory for one image once its fragment has failed before; then it is rejected as killed."""
     object_store_mb: int = Field(default=512, ge=80)
-    """Ray's shared memory of --on local, in megabytes: bounds how far fetching runs ahead."""
+    """Ray's shared memory of --on local, in megabytes: beside GPUs, how far fetching runs ahead."""
     no_progress_s: int = Field(default=3600, ge=5)
     """A run in which nothing moves for so long stops, resumably (Ray: no fragment passes a leg)."""
 

@@ -4,9 +4,9 @@ The way of one image: `load` fetches its bytes, `segment` decodes, cuts, packs, 
 and measures it, `store` commits its fragment. Each line of `segment` is one file of this package.
 Where the model is a classifier `classify` stands in its place (pipeline/classify.py): a class per
 picture, no mask.
-Here one process runs the legs (`run_here`, some threads, a fragment each); a cluster runs the
-same three legs, only further apart (pipeline/cluster.py). An image ends in one place: a
-`MeasuredMask` (or `ClassifiedImage`) or a `RejectedImage`, rows of the object that commits its
+Here one process runs the legs (`run_here`, some threads, a fragment each); on a cluster each worker
+does, beside GPUs with the first leg further away (pipeline/cluster.py). An image ends in one place:
+a `MeasuredMask` (or `ClassifiedImage`) or a `RejectedImage`, rows of the object that commits its
 fragment.
 """
 
@@ -165,13 +165,13 @@ class Turn:
     turn ends, and an object is stored while the next fragment is segmented.
     """
 
-    def __init__(self, workers: int, stop: threading.Event) -> None:
+    def __init__(self, workers: int, stopped: Callable[[], bool]) -> None:
         self._free = threading.BoundedSemaphore(workers)
-        self._stop, self._closed = stop, False
+        self._stopped, self._closed = stopped, False
 
     def __enter__(self) -> bool:
         self._free.acquire()
-        return not (self._closed or self._stop.is_set())
+        return not (self._closed or self._stopped())
 
     def __exit__(self, *_: object) -> None:
         self._free.release()
@@ -181,13 +181,33 @@ class Turn:
         self._closed = True
 
 
+def in_flight(workers: int) -> int:
+    """Fragments at a time, where so many are segmented at a time."""
+    return workers + workers // 2 + 1
+
+
 def run_fragment(
-    task: Task, line: Line, segmenter: "Segmenter", clock: Clock, turn: Turn
+    task: Task,
+    line: Line,
+    segmenter: "Segmenter",
+    clock: Clock,
+    turn: Turn,
+    encoded: Iterable[EncodedImage] | None = None,
 ) -> Receipt | None:
-    """All three legs in this thread; None if there is nothing to do (any more)."""
+    """All three legs in this thread; None if there is nothing to do (any more).
+
+    Args:
+        task: the fragment.
+        line: the run's line.
+        segmenter: the model.
+        clock: books the seconds.
+        turn: when it may be segmented.
+        encoded: its images, where somebody has fetched them.
+    """
     if line.ledger.is_committed(task.fragment):
         return None
-    encoded = list(clock.over("load", load(line.images(task), line)))
+    if encoded is None:
+        encoded = list(clock.over("load", load(line.images(task), line)))
     with turn as still_wanted:
         if not still_wanted:
             return None
@@ -208,7 +228,7 @@ def run_here(
         RunStuck: if no leg of any fragment hands anything on for ``compute.no_progress_s``.
     """
     todo = iter(tasks)
-    turn, most = Turn(workers, stop), workers + workers // 2 + 1
+    turn, most = Turn(workers, stop.is_set), in_flight(workers)
     flying: dict[Future[Receipt | None], Clock] = {}
     pool = ThreadPoolExecutor(most, thread_name_prefix="fragment")
     try:

@@ -226,8 +226,11 @@ class RayNodes:
 
 
 @contextmanager
-def two_ray_nodes(environment: dict[str, str]) -> Iterator[RayNodes]:
-    """Run the nodes with these variables added; their workers see no later ones."""
+def two_ray_nodes(environment: dict[str, str], gpus: int = 0) -> Iterator[RayNodes]:
+    """Run the nodes with these variables added; their workers see no later ones.
+
+    ``gpus`` each has by Ray's books alone: actors are fed as beside one, and predict on the CPU.
+    """
     from ray.cluster_utils import Cluster
 
     # short: Ray puts Unix sockets 60 characters below it, and their paths end at 107 bytes
@@ -240,7 +243,8 @@ def two_ray_nodes(environment: dict[str, str]) -> Iterator[RayNodes]:
         try:
             # the first is the head; None: any free port, where by itself it insists on 8265
             cluster.add_node(num_cpus=0, temp_dir=folder, dashboard_port=None, **size)
-            workers = [cluster.add_node(num_cpus=WORKER_CPUS, **size) for _ in range(2)]
+            size |= {"num_cpus": WORKER_CPUS, "num_gpus": gpus}
+            workers = [cluster.add_node(**size) for _ in range(2)]
             if not cluster.address.startswith(f"{LOOPBACK}:"):
                 raise RuntimeError(f"Ray listens on {cluster.address}, which is not loopback")
             yield RayNodes(cluster.address, cluster, workers)
@@ -253,6 +257,13 @@ def two_ray_nodes(environment: dict[str, str]) -> Iterator[RayNodes]:
 def ray_two_nodes(s3_address: s3server.S3Server) -> Iterator[RayNodes]:
     """Share two worker nodes in the whole session; leave them as you found them."""
     with two_ray_nodes(s3_address.environment()) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def ray_gpu_nodes(s3_address: s3server.S3Server) -> Iterator[RayNodes]:
+    """Share two worker nodes with a GPU each, by Ray's books, in one file."""
+    with two_ray_nodes(s3_address.environment(), gpus=1) as nodes:
         yield nodes
 
 

@@ -184,18 +184,12 @@ def until_actor(driver: Command, *above: int) -> None:
 
 def actors(*above: int) -> list[psutil.Process]:
     """The processes below these that hold a model."""
-    return [process for process, title in _titled(*above) if "_Segment" in title]
+    return [process for process, title in _titled(*above) if "(_Worker)" in title]
 
 
 def tasks(*above: int) -> list[psutil.Process]:
-    """The processes below these that run a Ray task just now."""
-    # an agent is no task: its raylet, and so its node, ends with it
-    others = ("ray::IDLE", "ray::_Seg", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    return [
-        process
-        for process, title in _titled(*above)
-        if title.startswith("ray::") and not title.startswith(others)
-    ]
+    """The processes below these that fetch for an actor just now; beside GPUs only."""
+    return [process for process, title in _titled(*above) if "(_load)" in title]
 
 
 def _titled(*above: int) -> Iterator[tuple[psutil.Process, str]]:

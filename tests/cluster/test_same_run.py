@@ -36,6 +36,20 @@ def test_actors_on_two_nodes_make_the_run_that_one_process_makes(
     assert runs.this_call(run)["adopted"] == 0
 
 
+def test_beside_gpus_tasks_fetch_for_the_actors_and_the_run_is_the_same(
+    ray_gpu_nodes, archive, tiny_bundle, oracle, tmp_path
+):
+    run = tmp_path / "run"
+    words = runs.words(archive, run, tiny_bundle, "--on", ray_gpu_nodes.address)
+    with runs.command(words) as driver:
+        raylets = ray_gpu_nodes.raylets
+        runs.until(lambda: runs.tasks(*raylets) or driver.poll() is not None, "a task that fetches")
+        assert driver.poll() is None, driver.ended() and driver.out + driver.err
+        assert driver.ended() == 3, driver.err
+    runs.assert_same(run, oracle)
+    assert runs.this_call(run)["adopted"] == 0
+
+
 def test_two_nodes_make_the_same_run_in_a_bucket(
     ray_two_nodes, bucket, s3_server, archive, tiny_bundle, oracle
 ):

@@ -12,7 +12,7 @@ from pipeline.errors import EXIT_REJECTIONS, EXIT_UNFINISHED
 from tests import runs
 
 pytestmark = pytest.mark.timeout(240)
-IN_FLIGHT = 12  # fragments that a node may hold: a queue of two for each actor, and its tasks
+IN_FLIGHT = 2  # fragments that an actor may hold
 RECOVERY_S = 180.0  # Ray notices a lost node after 15 s or more, then starts actors anew
 
 
@@ -138,4 +138,4 @@ def test_a_node_killed_in_the_middle_costs_no_image(
 
     assert before.items() <= runs.commits(run).items()
     runs.assert_same(run, long_oracle)
-    assert runs.rework(run) <= IN_FLIGHT
+    assert runs.rework(run) <= 3 * IN_FLIGHT  # if all three actors were on that node

@@ -22,6 +22,7 @@ from pipeline.storage.local import PART
 from pipeline.verify import verify
 from tests import poisons, runs
 from tests.archives import filled, jpeg
+from tests.conftest import OBJECT_STORE_BYTES
 
 PAGE = 4096
 MB = 1024**2
@@ -156,18 +157,21 @@ def test_where_rays_usual_ports_are_taken_a_ray_of_its_own_takes_others(
 
 
 @pytest.mark.timeout(300)
-def test_encoded_pictures_of_several_times_rays_object_store_pass_through_it(tiny_bundle, tmp_path):
+def test_encoded_pictures_of_several_times_rays_object_store_pass_through_it(
+    ray_gpu_nodes, tiny_bundle, tmp_path
+):
     """What does not fit is spilled to disk, and Ray Data holds back what would come next."""
-    behind = bytes(12 * MB)  # what decoders leave alone: much to carry, little to compute
-    pictures = {f"{number}.jpg": jpeg(60, 80, number) + behind for number in range(14)}
+    behind = bytes(24 * MB)  # what decoders leave alone: much to carry, little to compute
+    assert 40 * len(behind) > 3 * 2 * OBJECT_STORE_BYTES
+    pictures = {f"{number}.jpg": jpeg(60, 80, number) + behind for number in range(40)}
     source = filled(tmp_path / "in", pictures)
     held = tmp_path / "held" / "run"
     words = runs.words(source, held, tiny_bundle, "--fragment.images", "2")
     runs.finished(words, tmp_path / "log", EXIT_DONE)
 
     run = tmp_path / "run"
-    words = runs.words(source, run, tiny_bundle, "--fragment.images", "2", "--on", "local")
-    with runs.command([*words, "--compute.object-store-mb", "80"]) as driver:
+    words = runs.words(source, run, tiny_bundle, "--fragment.images", "2")
+    with runs.command([*words, "--on", ray_gpu_nodes.address]) as driver:
         assert driver.ended(200) == EXIT_DONE, driver.out + driver.err
     runs.assert_same(run, runs.content(held))
 

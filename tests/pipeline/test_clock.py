@@ -59,7 +59,7 @@ def test_what_another_clock_has_said_is_added():
 
 def test_only_so_many_have_their_turn_at_once_and_after_a_stop_nobody():
     stop = threading.Event()
-    turn = Turn(1, stop)
+    turn = Turn(1, stop.is_set)
     second = threading.Event()
 
     def another():
@@ -78,7 +78,7 @@ def test_only_so_many_have_their_turn_at_once_and_after_a_stop_nobody():
 
 
 def test_whoever_waits_for_a_turn_that_is_closed_learns_that_it_is_not_wanted():
-    turn = Turn(1, threading.Event())
+    turn = Turn(1, lambda: False)
     turn.close()
     with turn as wanted:
         assert not wanted

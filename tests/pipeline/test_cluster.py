@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import OnRay, _gpu_share, _guard
+from pipeline.cluster import GROW_AT, OnRay, _gpu_share, _guard
 from pipeline.config import Compute
 from pipeline.errors import RunRefused
+from pipeline.run import in_flight
 
 
 @pytest.fixture
@@ -63,28 +64,31 @@ def test_more_workers_than_gpus_share_them_and_all_find_a_place(gpus, actors, sh
     assert sum(int(count / share) for count in gpus) >= actors
 
 
-class TwoNodes(OnRay):
-    """A cluster of two nodes of two cores."""
+class Growing(OnRay):
+    """One node of four cores so far, of a cluster to which others may come."""
 
-    gpus = 0
+    _grows, gpus = True, 0
 
     @staticmethod
     def alive():
-        return [{"CPU": 2.0}, {"CPU": 2.0}]
+        return [{"CPU": 4.0, "GPU": 1.0}]
+
+
+class GrowingGpus(Growing):
+    """The same, and they are wanted for their GPUs."""
+
+    gpus = 1
 
 
 @pytest.mark.parametrize(
-    ("workers", "fragments", "loaders"), [(None, 100, 5), (2, 100, 3), (None, 2, 2)]
+    ("place", "turns", "holds"),
+    [(Growing, 1, {"num_cpus": 1}), (GrowingGpus, 4, {"num_cpus": 0.5, "num_gpus": 1})],
 )
-def test_cpus_are_fed_by_a_loader_more_than_there_are_workers(home, workers, fragments, loaders):
-    assert TwoNodes("auto", Compute(workers=workers))._loaders(fragments) == loaders
+def test_a_cluster_is_asked_for_more_workers_while_those_it_has_are_busy(place, turns, holds):
+    """Ray counts calls that are with a worker by those that it does at once."""
+    asked = place("auto", Compute())._actors(1000, turns)
+    pool = asked.pop("compute")
 
-
-def test_gpus_and_clusters_that_grow_have_as_many_loaders_as_there_is_room_for(home):
-    class WithGpus(TwoNodes):
-        gpus = 1
-
-    assert WithGpus("auto", Compute())._loaders(100) is None
-    (home / "ray_bootstrap_config.yaml").touch()
-    assert TwoNodes("auto", Compute())._loaders(100) is None
-    assert TwoNodes("local", Compute())._loaders(100) == 5  # our own never grows
+    assert (pool.min_size, pool.max_size) == (1, 1000)
+    assert pool.max_tasks_in_flight_per_actor / in_flight(turns) > GROW_AT
+    assert asked == holds

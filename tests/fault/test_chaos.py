@@ -256,8 +256,11 @@ def test_without_any_worker_node_a_run_waits_for_one_that_comes(
         words = runs.words(long_archive, run, tiny_bundle, "--on", nodes.address)
         with runs.command(words) as driver:
             runs.until(lambda: runs.committed(run) >= 2 or driver.poll() is not None, "two commits")
+            orphans = runs.actors(*nodes.raylets)
             for worker in range(2):
                 nodes.kill(worker)
+            _, alive = psutil.wait_procs(orphans, 20)  # until they notice they may still commit
+            assert not alive, "actors outlive their nodes"
             before = runs.commits(run)
             assert len(before) < len(long_oracle["fragments"]), "too late to matter"
             time.sleep(20)  # Ray has noticed after 15

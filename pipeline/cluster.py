@@ -223,9 +223,8 @@ class OnRay:
         one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
         if self.gpus:
             legs = legs.map_batches(_load, fn_args=about, num_cpus=LOAD_CPUS, **one)
-        turns = GPU_THREADS if self.gpus else 1
         legs = legs.map_batches(
-            _Worker, fn_constructor_args=(*about, turns), **one, **self._actors(len(todo), turns)
+            _Worker, fn_constructor_args=(*about, self._turns), **one, **self._actors(len(todo))
         )
         batches = legs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in cast("Iterable[pa.Table]", batches):
@@ -243,14 +242,14 @@ class OnRay:
         worker = ray.remote(_Maker).options(
             num_cpus=_share(alive, count),
             num_gpus=gpus and _gpu_share(alive, count),
-            max_concurrency=GPU_THREADS if gpus else 1,
+            max_concurrency=self._turns,
             max_restarts=-1,
             max_task_retries=TRIES - 1,
         )
         made = ray.put(make)
         actors = [worker.remote(made, forwarded()) for _ in range(min(count, len(items)))]
         with in_our_words():
-            pool = ActorPool(actors * (GPU_THREADS if gpus else 1))
+            pool = ActorPool(actors * self._turns)
             for item in items:
                 pool.submit(lambda actor, one: actor.work.remote(one), item)
             while pool.has_next():
@@ -271,7 +270,12 @@ class OnRay:
         """Whether nodes may come."""
         return not self._local and _autoscaling()
 
-    def _actors(self, fragments: int, turns: int) -> dict[str, Any]:
+    @property
+    def _turns(self) -> int:
+        """Fragments that a worker segments at a time."""
+        return GPU_THREADS if self.gpus else 1
+
+    def _actors(self, fragments: int) -> dict[str, Any]:
         """Actor pool and resources of the workers."""
         gpus, alive = self.gpus, self.alive()
         wanted = self._wanted(alive)
@@ -283,7 +287,7 @@ class OnRay:
                 "min_size": 1,
                 "max_size": max(1, min(self._compute.workers or MOST_WORKERS, fragments)),
             }
-        calls = in_flight(turns)
+        calls = in_flight(self._turns)
         strategy = rd.ActorPoolStrategy(
             **pool,
             max_tasks_in_flight_per_actor=calls,
@@ -466,8 +470,7 @@ _TASK = tuple(Task.__dataclass_fields__)  # the columns of one
 
 
 def _task(table: pa.Table) -> Task:
-    row = table.slice(0, 1).to_pylist()[0]
-    return Task(**{name: row[name] for name in _TASK})
+    return Task(**table.select(_TASK).to_pylist()[0])  # no copy of the pictures beside them
 
 
 def _load(table: pa.Table, run_uri: str, compute: str, settings: str, call: str) -> pa.Table:

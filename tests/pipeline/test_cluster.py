@@ -86,7 +86,7 @@ class GrowingGpus(Growing):
 )
 def test_a_cluster_is_asked_for_more_workers_while_those_it_has_are_busy(place, turns, holds):
     """Ray counts calls that are with a worker by those that it does at once."""
-    asked = place("auto", Compute())._actors(1000, turns)
+    asked = place("auto", Compute())._actors(1000)
     pool = asked.pop("compute")
 
     assert (pool.min_size, pool.max_size) == (1, 1000)
